@@ -1,0 +1,38 @@
+# `make demo` and `make test` each set up what they need in .venv, once: they install again only when a file that says
+# what to install has changed. Another interpreter: make test PYTHON=python3.13
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/installed
+	@$(BIN)/lowrank-align demo
+
+test: $(VENV)/installed-dev
+	@$(BIN)/python -m pytest -q
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layout.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find lowrank_align apps tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and alone, so that pip takes a CPU build where one is configured. No build isolation: setuptools is
+# pinned like everything else, instead of downloaded in its newest version.
+$(VENV)/installed: pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "lowrank-align needs Python 3.11 or newer, and '$(PYTHON)' is not: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt setuptools torch==2.13.0
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""The programs around the library; installed as `lowrank_align.apps`."""

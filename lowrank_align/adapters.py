@@ -1,0 +1,176 @@
+"""Adapters on disk, in PEFT's own layout: `adapter_config.json` and `adapter_model.safetensors`.
+
+A policy is a CAUSAL_LM adapter; a reward model is a SEQ_CLS adapter with its `score` head saved as a module, so that
+`AutoModelForSequenceClassification(num_labels=1)` + `PeftModel` gives the same scores.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from lowrank_align.checkpoint import write_atomic
+from lowrank_align.errors import NumericError, UserError
+from lowrank_align.provenance import check_same_base
+
+Kind = Literal["policy", "reward"]
+WEIGHTS, CONFIG, REWARD = "adapter_model.safetensors", "adapter_config.json", "reward.json"
+PREFIX = "base_model.model."
+HEAD = "score.weight"
+
+
+@dataclass
+class Saved:
+    """An adapter as it lies on disk; tensors by PEFT's names without the prefix."""
+
+    folder: Path  # the run's folder where there is one, else the adapter's
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+    head: Tensor | None
+    shift: float
+
+
+def locate(start_from: str | Path, kind: Kind | None = None) -> Path:
+    """The adapter folder of a run (`RUN/adapter`) or of plain PEFT; checked without reading the weights.
+
+    `kind` refuses a reward run where a policy is expected, and the other way round.
+    """
+    given = Path(start_from).expanduser()
+    folder = given / "adapter" if (given / "adapter" / CONFIG).is_file() else given
+    if not folder.is_dir():
+        raise UserError(f"{start_from}: no such run or adapter folder")
+    if not (folder / CONFIG).is_file():
+        unfinished = " (an unfinished run? --resume it first)" if (given / "checkpoints").is_dir() else ""
+        raise UserError(f"{start_from}: holds no {CONFIG}; give a run's folder or a PEFT adapter folder{unfinished}")
+    if not (folder / WEIGHTS).is_file():
+        other = " (only safetensors are read, never .bin)" if (folder / "adapter_model.bin").exists() else ""
+        raise UserError(f"{start_from}: holds no {WEIGHTS}{other}")
+    found: Kind = "reward" if _read_config(folder).get("task_type") == "SEQ_CLS" else "policy"
+    if kind is not None and found != kind:
+        raise UserError(f"{start_from}: is a {found} run, where a {kind} is expected")
+    return folder
+
+
+def check_before_load(start_from: str | Path, kind: Kind | None, base_name: str, base_hash: str, config: Any) -> None:
+    """Everything that can be known of an adapter without the base in memory; UserError where it does not fit.
+
+    The base's layers come from its `config`, built without weights; of the adapter only the file's header is read.
+    """
+    folder = locate(start_from, kind)
+    check_same_base(_run_of(folder), base_name, base_hash)
+    targets = _peft_config(folder).target_modules
+    if not isinstance(targets, list | set):
+        return  # a pattern: what it matches is known when the adapter is on the base
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    needed = {
+        f"{name}.{part}.weight"
+        for name, _ in skeleton.named_modules()
+        for part in ("lora_A", "lora_B")
+        if name.rsplit(".", 1)[-1] in targets
+    }
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            present = {key.removeprefix(PREFIX) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); the file is damaged") from error
+    if missing := sorted(needed - present):
+        raise UserError(_incomplete(start_from, missing))
+
+
+def read(start_from: str | Path, base_name: str, base_hash: str) -> Saved:
+    """Read an adapter made for this base; one made for another base, or damaged, is a UserError."""
+    folder = locate(start_from)
+    run = _run_of(folder)
+    check_same_base(run, base_name, base_hash)
+    config = _peft_config(folder)
+    try:
+        tensors = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(folder / WEIGHTS).items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); the file is damaged") from error
+    shift_file = run / REWARD
+    shift = float(json.loads(shift_file.read_text())["shift"]) if shift_file.is_file() else 0.0
+    return Saved(run, config, tensors, tensors.pop(HEAD, None), shift)
+
+
+def copy_into(saved: Saved, parameters: dict[str, nn.Parameter]) -> None:
+    """Copy every tensor into the freshly injected adapter; a missing, unknown or misshapen one is a UserError."""
+    if missing := sorted(parameters.keys() - saved.tensors.keys()):
+        raise UserError(_incomplete(saved.folder, missing))
+    if unknown := sorted(saved.tensors.keys() - parameters.keys()):
+        raise UserError(f"{saved.folder}: unknown tensor {unknown[0]}; the adapter is made for another architecture")
+    for key, parameter in parameters.items():
+        if saved.tensors[key].shape != parameter.shape:
+            got, needed = tuple(saved.tensors[key].shape), tuple(parameter.shape)
+            raise UserError(f"{saved.folder}: {key}: shape {got}, this base needs {needed}; made for another base")
+        parameter.data.copy_(saved.tensors[key])
+
+
+def write(
+    folder: Path, config: LoraConfig, parameters: dict[str, nn.Parameter], *, base_name: str, as_reward: bool
+) -> str:
+    """Write an adapter (with its head, if it has one, also when it is no reward: a value model's) and read it back.
+
+    Returns the SHA-256 of the weights file. NumericError where a weight is not finite; nothing is written then.
+    """
+    tensors = {PREFIX + key: p.detach().float().cpu().contiguous() for key, p in parameters.items()}
+    broken = next((key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+    if broken:
+        raise NumericError(f"{folder}: {broken} holds NaN or infinity; the adapter is not saved")
+    saved = LoraConfig(**config.to_dict())
+    saved.base_model_name_or_path, saved.inference_mode = base_name, True
+    saved.task_type = "SEQ_CLS" if as_reward else "CAUSAL_LM"
+    saved.modules_to_save = ["score"] if as_reward else None
+    folder.mkdir(parents=True, exist_ok=True)
+    content = to_safetensors(tensors, metadata={"format": "pt"})
+    write_atomic(folder / WEIGHTS, content)
+    saved.save_pretrained(str(folder))
+    again = load_file(folder / WEIGHTS)
+    if again.keys() != tensors.keys() or any(not torch.equal(again[k], tensors[k]) for k in tensors):
+        raise UserError(f"{folder / WEIGHTS}: reads back differently from what was written; check the disk")
+    return hashlib.sha256(content).hexdigest()
+
+
+def _incomplete(folder: str | Path, missing: list[str]) -> str:
+    what = f"{len(missing)} tensors missing (first: {missing[0]})"
+    return f"{folder}: {what}; the adapter is incomplete, or made for another base"
+
+
+def _run_of(folder: Path) -> Path:
+    return folder.parent if folder.name == "adapter" else folder
+
+
+def _peft_config(folder: Path) -> LoraConfig:
+    """The adapter's LoRA settings; what would load code or unknown modules is refused."""
+    raw = _read_config(folder)
+    if raw.get("peft_type") != "LORA":
+        raise UserError(f"{folder}: a {raw.get('peft_type')} adapter; only LoRA is supported")
+    to_save = raw.get("modules_to_save")
+    extra = sorted(set(to_save if isinstance(to_save, list) else []) - {"score"})
+    if extra or raw.get("auto_mapping"):
+        asked = ", ".join(extra) or "auto_mapping"
+        raise UserError(f"{folder}: adapter_config.json asks for {asked}, which is not loaded")
+    known: dict[str, Any] = {k: v for k, v in raw.items() if k in LoraConfig.__dataclass_fields__}
+    try:
+        return LoraConfig(**known | {"modules_to_save": None})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder}: adapter_config.json cannot be used: {error}") from error
+
+
+def _read_config(folder: Path) -> dict[str, object]:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder / CONFIG}: not readable as JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG}: not a JSON object")
+    return config

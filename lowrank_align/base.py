@@ -1,0 +1,404 @@
+"""One frozen base, many roles.
+
+The (quantised) weights are in memory once. Policy, reference, reward model and value model are LoRA adapters on it, and
+a role is nothing but which adapter is active:
+
+    base = Base.load("Qwen/Qwen3-4B", quantize="nf4")
+    base.add_role("policy", start_from="runs/sft")
+    base.add_role("reference", frozen_copy_of="policy")
+    with base.role("reference"):
+        ...
+"""
+
+import logging
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lowrank_align import adapters
+from lowrank_align.errors import UserError, nearest
+from lowrank_align.loading import Attention, Loaded, Quantize, load_frozen
+from lowrank_align.probe import choose_layout, choose_logits
+from lowrank_align.scoring import LogitsHead, TokenScores, scalar_scores, scalar_values, token_scores
+from lowrank_align.trees import Layout, TreeBatch, TreeRow, attention_mask, collate
+
+log = logging.getLogger(__name__)
+
+BARE = "base"  # the role that is always there: no adapter at all
+
+
+@dataclass
+class Role:
+    """An adapter's name (None: the bare base), and a scalar head where the role scores instead of speaking."""
+
+    name: str
+    adapter: str | None = None
+    trainable: bool = False
+    head: nn.Linear | None = None
+    shift: float = 0.0  # subtracted from a reward model's raw scores
+    parent: Path | None = None  # the run it started from
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)  # LoRA weights (PEFT's names) and `score.weight`
+
+
+class Base:
+    """A frozen causal language model and the roles on it."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.model: Any = loaded.model
+        self.tokenizer = loaded.tokenizer
+        self.name, self.path, self.weights_hash = loaded.name, loaded.path, loaded.weights_hash
+        self.compute_dtype = loaded.compute_dtype
+        self.config = self.model.config.get_text_config()
+        self.device: torch.device = next(self.model.parameters()).device
+        self.roles: dict[str, Role] = {BARE: Role(BARE)}
+        self._frozen = list(self.model.parameters())
+        self._lora_layers: list[LoraLayer] = []
+        self._stack: list[_Visit] = [_Visit(self.roles[BARE])]
+        self._backbone: Any = self.model.get_decoder()
+        self._backbone.register_forward_hook(self._guard_output)
+        self._dict_masks = bool(getattr(self.config, "layer_types", None))
+        self.linear_names = _linear_names(self._backbone)
+        self.logits_head = LogitsHead(self.model)
+        self.layout: Layout = choose_layout(self)
+        self.logits_head = choose_logits(self)
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        quantize: Quantize = "nf4",
+        device: str = "auto",
+        dtype: str = "auto",
+        attention: Attention = "auto",
+    ) -> "Base":
+        """Load a folder, a hub id or `tiny`; see `loading.load_frozen` for the errors."""
+        return cls(load_frozen(name, quantize=quantize, device=device, dtype=dtype, attention=attention))
+
+    # ---- roles
+
+    def add_role(
+        self,
+        name: str,
+        *,
+        start_from: str | Path | None = None,
+        frozen_copy_of: str | None = None,
+        rank: int | None = None,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        target_modules: list[str] | None = None,
+        trainable: bool = True,
+        head: bool = False,
+        seed: int = 0,
+    ) -> Role:
+        """Put a role on the base; an older role of that name is replaced.
+
+        `start_from` continues a saved adapter (a run's folder or a PEFT folder; rank and targets are the adapter's);
+        `frozen_copy_of` is the reference that DPO and PPO need; `rank` makes a new adapter that begins as the bare base;
+        with none of the three the role *is* the bare base. `head` adds a scalar head, read from `start_from` where that is a
+        reward run, else drawn with std 1/sqrt(d+1) from `seed`.
+        """
+        if name == BARE or not name.isidentifier():
+            raise UserError(f"role {name!r}: use a plain name (letters, digits, _) other than {BARE!r}")
+        self.remove_role(name)
+        if frozen_copy_of is not None:
+            role = self._copy_frozen(name, self._find(frozen_copy_of))
+        elif start_from is not None:
+            role = self._from_saved(name, adapters.read(start_from, self.name, self.weights_hash), trainable, dropout)
+        elif rank is not None:
+            config = LoraConfig(
+                r=rank,
+                lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
+                lora_dropout=dropout,
+                target_modules=sorted(target_modules or self.linear_names),
+            )
+            role = self._inject(name, config, trainable, seed)
+        else:
+            role = Role(name)
+        if head and role.head is None:
+            role.head = self._new_head(seed)
+        if role.head is not None:
+            role.head.requires_grad_(role.trainable)
+            role.parameters["score.weight"] = role.head.weight
+        self.roles[name] = role
+        self._restore_flags()
+        return role
+
+    def remove_role(self, name: str) -> None:
+        """Take a role and its adapter's weights off the base. A role that is not there is no error."""
+        role = self.roles.get(name)
+        if role is None or name == BARE:
+            return
+        if any(visit.role is role for visit in self._stack):
+            raise RuntimeError(f"role {name!r} is active; leave it before removing it")
+        del self.roles[name]
+        if role.adapter is not None:
+            for layer in self._lora_layers:
+                layer.delete_adapter(role.adapter)
+            del self.model.peft_config[role.adapter]
+            self._activate(self._stack[-1].role)
+
+    @contextmanager
+    def role(self, name: str) -> Iterator[Role]:
+        """Make a role active; on the way out, also on error, everything is as it was.
+
+        Gradient checkpointing recomputes under whatever role is active at backward, so backward belongs inside: leaving
+        with a graph that still waits for it is a RuntimeError, and so is a backward under another role.
+        """
+        role = self._find(name)
+        visit = _Visit(role)
+        self._stack.append(visit)
+        self._activate(role)
+        try:
+            yield role
+            if visit.pending():
+                raise RuntimeError(
+                    f"role {name!r} was left with a graph that still waits for backward; call backward inside the role"
+                )
+        finally:
+            self._stack.remove(visit)
+            self._activate(self._stack[-1].role)
+
+    @property
+    def active_role(self) -> Role:
+        return self._stack[-1].role
+
+    def trainable_parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """The role's LoRA weights (and head) by PEFT's names, fp32."""
+        return self._find(role).parameters
+
+    def save_role(self, name: str, folder: Path, *, as_reward: bool = False) -> str:
+        """Write the role in PEFT's own layout (a reward as SEQ_CLS with its head); returns the SHA-256 of the weights."""
+        role = self._find(name)
+        if role.adapter is None:
+            raise UserError(f"role {name!r} is the bare base; there is no adapter to save")
+        config = self.model.peft_config[role.adapter]
+        return adapters.write(folder, config, role.parameters, base_name=self.name, as_reward=as_reward)
+
+    # ---- what a role says
+
+    def collate(self, rows: list[TreeRow]) -> TreeBatch:
+        """Tree rows -> a batch on the base's device, in the layout that the model can take."""
+        return collate(rows, self.layout, self.tokenizer.pad_token_id or 0).to(self.device)
+
+    def hidden_states(self, batch: TreeBatch) -> Tensor:
+        """(R, T, H) the last hidden states under the active role."""
+        if batch.layout == "tree":
+            inputs = {"attention_mask": self._tree_mask(batch), "position_ids": batch.position_ids}
+        else:
+            inputs = {"attention_mask": (batch.segment_ids >= 0).long()}
+        with self.autocast():
+            return self._backbone(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
+
+    def token_scores(self, batch: TreeBatch, *, temperature: float = 1.0) -> TokenScores:
+        """Per-token log-probabilities (N, C) of the completions under the active role."""
+        hidden = self.hidden_states(batch)
+        with self.autocast():
+            return token_scores(hidden, batch, self.logits_head, temperature=temperature)
+
+    def scores(self, batch: TreeBatch, *, shifted: bool = False) -> Tensor:
+        """(N,) the active role's scalar head at each completion's last token; `shifted` centres it as `reward.json` says."""
+        head, shift = self._head(), self.active_role.shift
+        return scalar_scores(self.hidden_states(batch), batch, head) - (shift if shifted else 0.0)
+
+    def values(self, batch: TreeBatch) -> Tensor:
+        """(N, C) V(s_t), the active role's scalar head before each token, shifted like the scores it predicts."""
+        head = self._head()
+        return (scalar_values(self.hidden_states(batch), batch, head) - self.active_role.shift) * batch.token_mask
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """16-bit arithmetic with fp32 LoRA weights on GPUs; nothing on CPU."""
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    # ---- facts about the base
+
+    def frozen_bytes(self) -> int:
+        """Bytes of the base's own weights, with what quantisation keeps beside them."""
+        tensors = [t for p in self._frozen for t in (p.data, *_quantisation_tensors(p))]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest sequence the model has positions for."""
+        return int(getattr(self.config, "max_position_embeddings", None) or 2**31)
+
+    def enable_checkpointing(self, on: bool) -> None:
+        """Recompute activations in the backward pass: less memory, about a third more time."""
+        if on:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            self.model.gradient_checkpointing_disable()
+        self.model.train(on)  # transformers checkpoints only in train mode; every dropout of the base itself is 0
+
+    # ---- inside
+
+    def _find(self, name: str) -> Role:
+        if name not in self.roles:
+            raise UserError(f"no role {name!r}{nearest(name, self.roles)} (there are: {', '.join(self.roles)})")
+        return self.roles[name]
+
+    def _head(self) -> nn.Linear:
+        head = self.active_role.head
+        if head is None:
+            raise UserError(f"role {self.active_role.name!r} has no scalar head; it speaks, it does not score")
+        return head
+
+    def _activate(self, role: Role) -> None:
+        # PEFT's set_adapter would also freeze every other adapter and take 30 times as long.
+        active = [role.adapter] if role.adapter is not None else []
+        for layer in self._lora_layers:
+            layer._active_adapter = active  # type: ignore[assignment]
+
+    def _inject(self, name: str, config: LoraConfig, trainable: bool, seed: int) -> Role:
+        """A new adapter that begins as the bare base (B = 0), in fp32 whatever the base computes in."""
+        with (
+            torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # "already found a peft_config": several adapters are the point
+            torch.manual_seed(seed)
+            try:
+                inject_adapter_in_model(config, self.model, adapter_name=name)
+            except ValueError as error:
+                raise UserError(f"--target-modules: {str(error).splitlines()[0]}") from error
+        self._lora_layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+        parameters: dict[str, nn.Parameter] = {}
+        marker = f".{name}.weight"
+        for key, parameter in self.model.named_parameters():
+            if key.endswith(marker) and ".lora_" in key:
+                parameter.data = parameter.data.float()
+                parameters[key.removesuffix(marker) + ".weight"] = parameter
+        self._activate(self._stack[-1].role)
+        return Role(name, name, trainable, parameters=parameters)
+
+    def _from_saved(self, name: str, saved: adapters.Saved, trainable: bool, dropout: float) -> Role:
+        saved.config.lora_dropout = dropout
+        role = self._inject(name, saved.config, trainable, seed=0)
+        self.roles[name] = role  # so that a refused adapter's layers can be taken off again
+        try:
+            adapters.copy_into(saved, role.parameters)
+        except UserError:
+            self.remove_role(name)
+            raise
+        if saved.head is not None:
+            role.head = self._new_head(seed=0)
+            role.head.weight.data.copy_(saved.head)
+        role.shift, role.parent = saved.shift, saved.folder
+        return role
+
+    def _copy_frozen(self, name: str, source: Role) -> Role:
+        if source.adapter is None or _is_untouched(source):
+            return Role(name, parent=source.parent)  # an adapter that changes nothing is the bare base
+        config = LoraConfig(**self.model.peft_config[source.adapter].to_dict())
+        config.lora_dropout = 0.0
+        role = self._inject(name, config, trainable=False, seed=0)
+        for key, parameter in role.parameters.items():
+            parameter.data.copy_(source.parameters[key].data)
+        role.parent, role.shift = source.parent, source.shift
+        return role
+
+    def _new_head(self, seed: int) -> nn.Linear:
+        width = self.config.hidden_size
+        head = nn.Linear(width, 1, bias=False, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(seed)
+        head.weight.data.normal_(0.0, (width + 1) ** -0.5, generator=generator)
+        return head.to(self.device)
+
+    def _restore_flags(self) -> None:
+        for role in self.roles.values():
+            for parameter in role.parameters.values():
+                parameter.requires_grad_(role.trainable)
+
+    def _tree_mask(self, batch: TreeBatch) -> Tensor | dict[str, Tensor]:
+        window = getattr(self.config, "sliding_window", None)
+        if not self._dict_masks:
+            return self._as_model_takes(attention_mask(batch, window))
+        masks = {"full_attention": self._as_model_takes(attention_mask(batch))}
+        if window is not None:
+            masks["sliding_attention"] = self._as_model_takes(attention_mask(batch, window))
+        return masks
+
+    def _as_model_takes(self, mask: Tensor) -> Tensor:
+        if self.config._attn_implementation == "sdpa":
+            return mask
+        blocked = torch.finfo(self.compute_dtype).min  # eager attention adds the mask to the scores
+        return torch.zeros(mask.shape, dtype=self.compute_dtype, device=mask.device).masked_fill(~mask, blocked)
+
+    def _guard_output(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+        hidden = output.last_hidden_state
+        if hidden.requires_grad:
+            output.last_hidden_state = _BackwardInsideRole.apply(hidden, self, self._stack[-1])
+        return output
+
+
+class _Visit:
+    """One stay in a role, and the graphs made during it that still wait for their backward."""
+
+    def __init__(self, role: Role) -> None:
+        self.role = role
+        self.graphs: list[weakref.ref[_Graph]] = []
+
+    def pending(self) -> bool:
+        alive = [ref() for ref in self.graphs]
+        return any(graph is not None and not graph.done for graph in alive)
+
+
+class _Graph:
+    """Lives as long as autograd keeps the graph that holds it."""
+
+    def __init__(self, role: Role) -> None:
+        self.role = role
+        self.done = False
+
+
+class _BackwardInsideRole(torch.autograd.Function):
+    """The identity; its backward refuses to run under another role than its forward did."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, base: Base, visit: _Visit) -> Tensor:
+        ctx.base, ctx.graph = base, _Graph(visit.role)
+        visit.graphs = [ref for ref in visit.graphs if ref() is not None]
+        visit.graphs.append(weakref.ref(ctx.graph))
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        active: Role = ctx.base.active_role
+        if active is not ctx.graph.role:
+            raise RuntimeError(
+                f"backward of role {ctx.graph.role.name!r} ran under role {active.name!r}; call backward inside its role"
+            )
+        ctx.graph.done = True
+        return gradients[0], None, None
+
+
+def _linear_names(backbone: nn.Module) -> list[str]:
+    """What LoRA adapts by default: the decoder's linear layers by name, without the routers of expert models."""
+    names = {name.rsplit(".", 1)[-1] for name, m in backbone.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    return sorted(names - {"gate", "router", "shared_expert_gate"})
+
+
+def _is_untouched(role: Role) -> bool:
+    return not any(p.any() for key, p in role.parameters.items() if key.endswith("lora_B.weight"))
+
+
+def _quantisation_tensors(parameter: Tensor) -> list[Tensor]:
+    """The scales that bitsandbytes keeps beside a packed weight (nested ones too)."""
+    found = [t for name in ("CB", "SCB") if isinstance(t := getattr(parameter, name, None), Tensor)]
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        found += [t for t in (state.absmax, state.code, state.offset) if isinstance(t, Tensor)]
+        state = state.state2
+    return found

@@ -1,0 +1,356 @@
+"""Checkpoints that a kill, a full disk or a flipped bit cannot turn into a lost run.
+
+A checkpoint is a folder `step-N/` of `tensors.safetensors`, `state.json` and, written last, `manifest.json` with the
+SHA-256 and the size of the other two. It is written under another name, fsynced, verified, and only then renamed;
+older ones go only after that. Nothing is pickled. torch is imported inside the functions that need it, so that
+`write_atomic` serves the commands that must start fast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowrank_align.errors import EnvironmentProblem, NumericError
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+TENSORS, VALUES, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+SPACE_MARGIN_BYTES = 16 * 2**20
+HEADER_BYTES_PER_TENSOR = 512  # name, dtype, shape and offsets in the safetensors header, generously
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Stands in a nested value for the tensor of that name in `State.tensors`."""
+
+    name: str
+
+
+@dataclass(eq=False)
+class State:
+    """What a training run needs to go on bitwise.
+
+    `tensors`: flat names to tensors of any shape and dtype (adapters, heads, optimiser moments, RNG states as uint8).
+    `values`: None, bool, int, float, str, and lists, tuples, dicts and `TensorRef`s of them; all come back exactly,
+    tuples as tuples, integer keys as integers, infinities as infinities.
+    """
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def update(self, other: State) -> None:
+        """Take over everything of `other`; a name that is already here is a ValueError."""
+        taken = (self.tensors.keys() & other.tensors.keys()) | (self.values.keys() & other.values.keys())
+        if taken:
+            raise ValueError(f"state holds these names already: {sorted(taken)}")
+        self.tensors.update(other.tensors)
+        self.values.update(other.values)
+
+
+def save(folder: Path, step: int, state: State, keep: int) -> Path:
+    """Write `folder/step-N`, then remove all but the `keep` newest. Returns the new checkpoint's path.
+
+    Raises NumericError for a tensor with NaN or infinity (nothing is written), EnvironmentProblem where the disk is
+    full or fails: the earlier checkpoints are then as they were.
+    """
+    if keep < 1:
+        raise ValueError(f"keep={keep}: at least the new checkpoint stays")
+    _refuse_non_finite(state, step)
+    values_json = json.dumps({"format": FORMAT, "values": _encode(state.values)}, allow_nan=False).encode()
+    temporary, final = folder / f".tmp-step-{step}", folder / f"step-{step}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".tmp-*/"):
+            shutil.rmtree(stale)
+        _refuse_full_disk(folder, step, state, len(values_json))
+        _write(temporary, step, state, values_json)
+        if problem := verify(temporary, step):
+            raise OSError(f"read back wrong: {problem}")
+        _publish(temporary, final)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise EnvironmentProblem(
+            f"{final}: could not save the checkpoint: {reason}; earlier ones are untouched, and `--resume` finds them"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _rotate(folder, step, keep)
+    except OSError as error:  # the new one is safe: too many checkpoints are no reason to stop
+        log.warning("could not remove old checkpoints of %s: %s", folder, error)
+    return final
+
+
+def latest(folder: Path) -> tuple[Path, State] | None:
+    """The newest checkpoint that verifies, or None; each one skipped is named in one log line."""
+    for step, path in _candidates(folder):
+        problem = verify(path, step)
+        if problem is None:
+            try:
+                return path, _read(path)
+            except Exception as error:  # the hashes hold, so a writer of another version: fall back as well
+                problem = f"unreadable: {error}"
+        log.warning("skipped checkpoint %s: %s", path, problem)
+    return None
+
+
+def verify(path: Path, step: int) -> str | None:
+    """What is wrong with the checkpoint `path`, naming the file that failed; None when all is as it was written."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        listed = {name: (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()}
+        found_format, found_step = manifest["format"], manifest["step"]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        return f"{MANIFEST} is damaged ({type(error).__name__})"
+    if found_format != FORMAT:
+        return f"{MANIFEST} has format {found_format}, this version reads {FORMAT}"
+    if found_step != step:
+        return f"{MANIFEST} is that of step {found_step}"
+    if set(listed) != {TENSORS, VALUES}:  # so no listed path can lead out of the folder
+        return f"{MANIFEST} lists {sorted(listed)} where {TENSORS} and {VALUES} belong"
+    for name, (sha256, size_bytes) in listed.items():
+        file = path / name
+        if file.is_symlink() or not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size_bytes:
+            return f"{name} has {file.stat().st_size} bytes instead of {size_bytes}"
+        try:
+            if _sha256(file) != sha256:
+                return f"{name} is damaged (its SHA-256 differs)"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def sealed_steps(folder: Path) -> list[int]:
+    """Steps that have a manifest, newest first; not verified, so cheap enough for a listing."""
+    return [step for step, path in _candidates(folder) if (path / MANIFEST).is_file()]
+
+
+def flatten(prefix: str, nested: Any) -> State:
+    """A nested structure, such as an optimiser's `state_dict()`, as a State: tensors named `prefix/key/...`, the rest
+    under `values[prefix]`. Tensors are detached, not copied. `unflatten` is its exact inverse."""
+    import torch
+
+    state = State()
+
+    def walk(name: str, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            while name in state.tensors:  # the keys 0 and "0" side by side
+                name += "'"
+            state.tensors[name] = value.detach()
+            return TensorRef(name)
+        if isinstance(value, dict):
+            return {key: walk(f"{name}/{key}", item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            items = [walk(f"{name}/{place}", item) for place, item in enumerate(value)]
+            return tuple(items) if isinstance(value, tuple) else items
+        return value
+
+    state.values[prefix] = walk(prefix, nested)
+    return state
+
+
+def unflatten(prefix: str, state: State) -> Any:
+    """The structure that `flatten(prefix, ...)` took apart."""
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, TensorRef):
+            return state.tensors[value.name]
+        if isinstance(value, dict):
+            return {key: walk(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(walk(item) for item in value)
+        return value
+
+    return walk(state.values[prefix])
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write one file so that a reader, or a kill, finds either the old content or the new, never a part.
+
+    Text is written as UTF-8 with its line ends as they are. Raises EnvironmentProblem where the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        _write_synced(temporary, content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise EnvironmentProblem(f"{path}: could not be written: {error.strerror or error}") from error
+
+
+def _refuse_non_finite(state: State, step: int) -> None:
+    import torch
+
+    for name, tensor in state.tensors.items():
+        if tensor.is_floating_point() or tensor.is_complex():
+            wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no isfinite
+            if not torch.isfinite(wide).all():
+                raise NumericError(
+                    f"step {step}: {name} holds NaN or infinity; not saved, `--resume` goes on from before"
+                )
+
+
+def _refuse_full_disk(folder: Path, step: int, state: State, values_bytes: int) -> None:
+    tensor_bytes = sum(t.numel() * t.element_size() + HEADER_BYTES_PER_TENSOR for t in state.tensors.values())
+    needed, free = tensor_bytes + values_bytes + SPACE_MARGIN_BYTES, shutil.disk_usage(folder).free
+    if free < needed:
+        raise EnvironmentProblem(
+            f"{folder}: no room for the checkpoint of step {step}: {needed / 1e6:.1f} MB needed, "
+            f"{free / 1e6:.1f} MB free; earlier checkpoints are untouched, free some space and `--resume`"
+        )
+
+
+def _write(temporary: Path, step: int, state: State, values_json: bytes) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary.mkdir()
+    try:
+        save_file(_for_disk(state.tensors), temporary / TENSORS)
+    except SafetensorError as error:  # how its writer reports a full disk
+        raise OSError(str(error)) from error
+    with open(temporary / TENSORS, "r+b") as written:
+        os.fsync(written.fileno())
+    _write_synced(temporary / VALUES, values_json)
+    files = {
+        name: {"sha256": _sha256(temporary / name), "bytes": (temporary / name).stat().st_size}
+        for name in (TENSORS, VALUES)
+    }
+    _sync_folder(temporary)
+    _write_synced(temporary / MANIFEST, json.dumps({"format": FORMAT, "step": step, "files": files}).encode())
+    _sync_folder(temporary)
+
+
+def _for_disk(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous CPU tensors, each with memory of its own, as safetensors demands (8-bit optimisers share theirs)."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        address = tensor.untyped_storage().data_ptr()
+        if address in seen or tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
+            tensor = tensor.clone()
+        seen.add(address)
+        result[name] = tensor
+    return result
+
+
+def _read(path: Path) -> State:
+    from safetensors.torch import load_file
+
+    values = _decode(json.loads((path / VALUES).read_bytes())["values"])
+    # Copies: a memory-mapped file could not be removed on Windows when its turn to go comes.
+    return State({name: tensor.clone() for name, tensor in load_file(path / TENSORS).items()}, values)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Rename into place. One of the same step steps aside as `step-N.old`, which `latest` still finds."""
+    aside = final.with_name(final.name + ".old")
+    if final.exists():
+        if aside.exists():
+            shutil.rmtree(aside)
+        os.replace(final, aside)
+    os.replace(temporary, final)
+    _sync_folder(final.parent)
+
+
+def _rotate(folder: Path, step: int, keep: int) -> None:
+    """Keep the `keep` newest up to `step`; later ones, of a run that went back, only while they verify."""
+    kept = 0
+    for number, path in _candidates(folder):
+        current = not path.name.endswith(".old")
+        if number > step:
+            stays = current and verify(path, number) is None
+        else:
+            stays = current and kept < keep
+            kept += stays
+        if not stays:
+            shutil.rmtree(path)
+
+
+def _candidates(folder: Path) -> list[tuple[int, Path]]:
+    """Checkpoint folders, newest first, a `.old` after the one that replaces it."""
+    if not folder.is_dir():
+        return []
+    found = [(match, path) for path in folder.iterdir() if (match := re.fullmatch(r"step-(\d+)(\.old)?", path.name))]
+    ordered = sorted(found, key=lambda pair: (-int(pair[0][1]), pair[1].name))
+    return [(int(match[1]), path) for match, path in ordered if path.is_dir()]
+
+
+def _encode(value: Any) -> Any:
+    """JSON for what JSON has no word for, as an object with one key that starts with `!`."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"!float": repr(float(value))}
+    if isinstance(value, TensorRef):
+        return {"!tensor": value.name}
+    if isinstance(value, tuple):
+        return {"!tuple": [_encode(item) for item in value]}
+    if isinstance(value, list):
+        return [_encode(item) for item in value]
+    if isinstance(value, dict):
+        looks_tagged = len(value) == 1 and str(next(iter(value))).startswith("!")
+        if looks_tagged or not all(isinstance(key, str) for key in value):
+            return {"!dict": [[_encode(key), _encode(item)] for key, item in value.items()]}
+        return {key: _encode(item) for key, item in value.items()}
+    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}: {value!r:.80}")
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    match list(value.items()):
+        case [("!float", text)]:
+            return float(text)
+        case [("!tensor", name)]:
+            return TensorRef(name)
+        case [("!tuple", items)]:
+            return tuple(_decode(item) for item in items)
+        case [("!dict", pairs)]:
+            return {_decode(key): _decode(item) for key, item in pairs}
+    return {key: _decode(item) for key, item in value.items()}
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename or a new name in `folder` durable; Windows neither needs nor allows it."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,259 @@
+"""The one renderer: rows to token ids and masks, the same for every method.
+
+Text. Prompt and completion are tokenised as one text, with the special tokens that the tokenizer adds; the prompt is
+the longest common token prefix of the prompt alone and of the prompt with each completion, as TRL has it. The end token
+follows each completion, once. Of a `text` row everything but the first token is trained. Where the prompt has no token
+of its own, BOS (or the end token) stands in its place, so that the completion's first token is trained too.
+
+Messages. The chat template writes the whole conversation, which is tokenised once; trained are the assistant's turns,
+each with the token that ends it, never the whitespace after that. See `template` for how they are found. Control tokens
+within a message are ordinary text; in text rows they are what they say.
+
+Too long. Completions are cut at `max_length` and then have no end token. A row is dropped if its prompt leaves no room,
+or if what was cut made its answers equal or left nothing to train.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lowrank_align.data.bad_rows import BadRows
+from lowrank_align.data.encoder import Encoder
+from lowrank_align.data.formats import Message, Row, Shape
+from lowrank_align.data.template import PLAIN_TEMPLATE, ChatTemplate
+from lowrank_align.errors import UserError
+from lowrank_align.trees import Comparison, Completion, TreeRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["PLAIN_TEMPLATE", "Rendered", "RenderedRows", "Renderer", "render_all"]
+
+TrainOn = Literal["all", "last"]
+NO_ROOM = "the prompt leaves no room"
+NOTHING_TRAINED = "no trained token is left"
+BECAME_EQUAL = "the answers are equal after cutting"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One row as tokens, or why it was dropped."""
+
+    tree: TreeRow | None
+    dropped: str | None = None
+    cut_tokens: tuple[int, ...] = ()  # of each completion
+    notes: tuple[str, ...] = ()  # what was odd, in words for the log
+
+    @property
+    def truncated_tokens(self) -> int:
+        return sum(self.cut_tokens)
+
+
+@dataclass(frozen=True)
+class RenderedRows:
+    """All rows as tokens. What was dropped, cut or odd is listed, so that the caller can say so."""
+
+    tree_rows: list[TreeRow]
+    dropped: list[tuple[str, str]] = field(default_factory=list)  # (where, reason)
+    truncated: int = 0  # rows with a cut completion
+    truncated_tokens: int = 0
+    skipped: int = 0  # rows that the template refuses, set aside by `skip_bad`
+    notes: Counter[str] = field(default_factory=Counter)  # rows by what was odd about them
+
+
+def render_all(renderer: "Renderer", rows: Sequence[Row], *, skip_bad: Path | None = None) -> RenderedRows:
+    """Renders every row.
+
+    Raises `UserError` for rows that the template refuses, all at once (with `skip_bad` they are added to that file
+    instead), and where no row is left.
+    """
+    bad, done = BadRows(skip_bad), []
+    for row in rows:
+        try:
+            done.append((row.where, renderer.tree_row(row)))
+        except UserError as error:
+            bad.add(row.where, str(error), asdict(row))
+    skipped = bad.settle(len(done), append=True)
+    trees = [rendered.tree for _, rendered in done if rendered.tree]
+    dropped = [(where, rendered.dropped) for where, rendered in done if rendered.dropped]
+    if not trees:
+        reasons = ", ".join(f"{count}: {reason}" for reason, count in Counter(r for _, r in dropped).most_common())
+        raise UserError(
+            f"no row is left of {len(rows)} at a max_length of {renderer.max_length} tokens ({reasons or 'no rows'}); "
+            "raise --max-length or shorten the prompts"
+        )
+    cut = [rendered.truncated_tokens for _, rendered in done if rendered.tree and rendered.truncated_tokens]
+    notes = Counter(note for _, rendered in done for note in set(rendered.notes))
+    return RenderedRows(trees, dropped, len(cut), sum(cut), skipped, notes)
+
+
+class Renderer:
+    """Rows to ids and masks, and ids to text, with one tokenizer and one chat template."""
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        chat_template: str | None = None,
+        train_on: TrainOn = "all",
+        max_length: int,
+    ) -> None:
+        """`chat_template`: a .jinja file, one of the tokenizer's named templates, or `plain`; None is the model's own,
+        or `PLAIN_TEMPLATE` where it has none. `train_on`: all assistant turns of a completion, or the last only.
+        `max_length`: tokens of the prompt and one completion. Raises `UserError`.
+        """
+        if max_length < 2:
+            raise UserError(f"max_length: {max_length}, must be at least 2 (one token of prompt, one of answer)")
+        self.tokenizer, self.train_on, self.max_length = tokenizer, train_on, max_length
+        self._encoder = Encoder(tokenizer)
+        self._template = ChatTemplate(tokenizer, chat_template, self._encoder.added)
+        ends = [self._template.turn_end_id, self._encoder.eos_id]
+        self.end_ids: list[int] = list(dict.fromkeys(i for i in ends if i is not None))  # generation stops at these
+        if not self.end_ids:
+            raise UserError(
+                "the tokenizer has no end token (eos_token), nor does the chat template end a turn with one"
+            )
+        self._end_of_text = self._encoder.eos_id if self._encoder.eos_id is not None else self.end_ids[0]
+        pads = [tokenizer.pad_token_id, tokenizer.unk_token_id, self._end_of_text]
+        self.pad_id: int = next(i for i in pads if i is not None)  # masked wherever it stands
+        self.template_source = self._template.source  # "the model's own", "named by the user" or "plain"
+
+    def tree_row(self, row: Row) -> Rendered:
+        """The row's prompt, completions and comparisons, cut to `max_length`; its own errors name `row.where`."""
+        if not row.completions:
+            raise ValueError(f"{row.where}: a row without completions has nothing to train on")
+        try:
+            prompt_length, whole, notes = self._chat(row) if _is_chat(row) else self._text(row)
+        except UserError as error:
+            raise UserError(f"{row.where}: {_field(row)}: {error}") from None
+        room = self.max_length - prompt_length
+        if not all(any(completion.mask) for completion in whole):
+            return Rendered(None, NOTHING_TRAINED, notes=notes)
+        if room <= 0:
+            return Rendered(None, NO_ROOM, notes=notes)
+        prompt_ids = whole[0].ids[:prompt_length]
+        completions = [_trimmed(c.ids[prompt_length:][:room], c.mask[prompt_length:][:room]) for c in whole]
+        cut = tuple(max(len(c.ids) - self.max_length, 0) for c in whole)
+        comparisons = _comparisons(row)
+        if not all(completion.ids for completion in completions):
+            return Rendered(None, NOTHING_TRAINED, notes=notes)
+        if any(c.preference != 0.5 and completions[c.first] == completions[c.second] for c in comparisons) or (
+            row.shape is Shape.pair and completions[0] == completions[1]
+        ):
+            return Rendered(None, BECAME_EQUAL, notes=notes)
+        return Rendered(TreeRow(prompt_ids, completions, comparisons, row.index), None, cut, notes)
+
+    def prompt_ids(self, row: Row) -> list[int]:
+        """What the model gets when it has to answer: at least one token; a chat with the generation prompt."""
+        if not _is_chat(row):
+            if row.prompt:
+                return self._encoder.prompt(str(row.prompt)) or [self._context_id]
+            return self._encoder.text(str(row.completions[0]))[:1]
+        messages = _messages(row.prompt) or _messages(row.completions[0])
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        try:
+            text = self._template.render(self._encoder.protect(messages), row.template_kwargs, open_turn=True)
+            return self._encoder.chat(text).ids
+        except UserError as error:
+            raise UserError(f"{row.where}: {_field(row)}: {error}") from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids` without special tokens. Templates may put a space or newline before an answer: strip it."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def template_hash(self) -> str:
+        """SHA-256 of the template's text, for `provenance.json`."""
+        return self._template.hash()
+
+    @property
+    def _context_id(self) -> int:
+        """What stands before a completion whose prompt has no token."""
+        return self._encoder.bos_id if self._encoder.bos_id is not None else self._end_of_text
+
+    def _text(self, row: Row) -> tuple[int, list[Completion], tuple[str, ...]]:
+        """Prompt length in tokens, and each completion behind the prompt, of a row of text."""
+        prompt, notes = str(row.prompt), ()
+        whole = [self._encoder.text(prompt + str(completion)) for completion in row.completions]
+        if row.prompt:
+            alone = self._encoder.prompt(prompt)
+            shared = _common_prefix([alone, *whole])
+            if 0 < shared < len(alone):
+                notes = ("the prompt's last token merges with the completion's first",)
+        else:
+            shared = 1
+        whole = [ids if ids[-1:] == [self._end_of_text] else [*ids, self._end_of_text] for ids in whole]
+        if not shared:
+            whole, shared = [[self._context_id, *ids] for ids in whole], 1
+        masks = [[False] * shared + [True] * (len(ids) - shared) for ids in whole]
+        return shared, [Completion(ids, mask) for ids, mask in zip(whole, masks, strict=True)], notes
+
+    def _chat(self, row: Row) -> tuple[int, list[Completion], tuple[str, ...]]:
+        """Prompt length in tokens, and each completion behind the prompt, of a row of messages."""
+        prompt = self._encoder.protect(_messages(row.prompt))
+        notes: dict[str, None] = {}
+        whole = []
+        for completion in row.completions:
+            conversation = [*prompt, *self._encoder.protect(_messages(completion))]
+            if conversation != [*_messages(row.prompt), *_messages(completion)]:
+                notes["control tokens within messages are taken as text"] = None
+            whole.append(self._conversation(conversation, row, notes))
+        first_trained = [completion.mask.index(True) for completion in whole if any(completion.mask)]
+        shared = min([_common_prefix([completion.ids for completion in whole]), *first_trained])
+        if not shared:
+            whole = [Completion([self._context_id, *c.ids], [False, *c.mask]) for c in whole]
+            shared = 1
+        return shared, whole, tuple(notes)
+
+    def _conversation(self, messages: list[Message], row: Row, notes: dict[str, None]) -> Completion:
+        """A whole conversation with its trained tokens marked, ended after the last of them."""
+        turns = self._template.turns(messages, row.template_kwargs, len(row.prompt))
+        notes.update(dict.fromkeys(turns.notes))
+        encoded = self._encoder.chat(turns.text)
+        last = len(messages) - 1
+        trained = [span for i, span in turns.spans.items() if self.train_on == "all" or i == last]
+        masks = [encoded.covering(*span) for span in trained]
+        mask = [any(marks) for marks in zip(*masks, strict=True)] if masks else [False] * len(encoded.ids)
+        completion = _trimmed(encoded.ids, mask)
+        ends = {*self._encoder.added.values(), *self.end_ids}
+        if completion.ids and last in turns.spans and completion.ids[-1] not in ends:
+            return Completion([*completion.ids, self._end_of_text], [*completion.mask, True])
+        return completion
+
+
+def _is_chat(row: Row) -> bool:
+    return not isinstance(row.completions[0] if row.completions else row.prompt, str)
+
+
+def _messages(text: str | list[Message]) -> list[Message]:
+    return [] if isinstance(text, str) else text
+
+
+def _field(row: Row) -> str:
+    """The field to name when a whole row is refused."""
+    return "prompt" if row.prompt else "messages"
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Tokens that all sequences begin with."""
+    return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*sequences, strict=False)))
+
+
+def _trimmed(ids: list[int], mask: list[bool]) -> Completion:
+    """Without what follows the last trained token: it predicts nothing, and a score is read where the answer ends."""
+    length = max((i + 1 for i, counts in enumerate(mask) if counts), default=0)
+    return Completion(ids[:length], mask[:length])
+
+
+def _comparisons(row: Row) -> tuple[Comparison, ...]:
+    """A pair is one comparison; a ranking of K all K(K-1)/2, the better (lower) rank first, equal ranks a tie."""
+    if row.shape is Shape.pair:
+        return (Comparison(0, 1, row.preference, row.target_margin),)
+    if row.ranks is None:
+        return ()
+    ranks = row.ranks
+    pairs = [(i, j) if ranks[i] <= ranks[j] else (j, i) for j in range(len(ranks)) for i in range(j)]
+    return tuple(Comparison(i, j, 0.5 if ranks[i] == ranks[j] else 1.0) for i, j in sorted(pairs))

@@ -1,0 +1,109 @@
+"""A tokenizer with the habits that training needs: BOS once, offsets, control tokens in a user's text kept as text."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lowrank_align.data.messages import Message
+from lowrank_align.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Private-use characters around a control token that a user's text contains, so that it is told from the template's own.
+_OPEN, _CLOSE = "\uf8f0", "\uf8f1"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids, and for each the characters it covers; a token that the text does not have covers none."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+    def covering(self, start: int, end: int) -> list[bool]:
+        """Which tokens cover at least one character of [start, end)."""
+        return [first < end and last > start for first, last in self.spans]
+
+
+class Encoder:
+    """Text and rendered conversations to ids and back."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        if not tokenizer.is_fast:
+            raise UserError(f"the tokenizer {type(tokenizer).__name__} tells no offsets: a fast one is needed")
+        self.tokenizer = tokenizer
+        self.bos_id: int | None = tokenizer.bos_token_id
+        self.eos_id: int | None = tokenizer.eos_token_id
+        trial = self._call("a").ids
+        self._adds_bos = self.bos_id is not None and trial[:1] == [self.bos_id]
+        self._adds_eos = self.eos_id is not None and trial[-1:] == [self.eos_id]
+        added = tokenizer.added_tokens_decoder
+        # Whitespace as an added token (Gemma's "\n") is text like any other.
+        self.added = {token.content: i for i, token in added.items() if not token.content.isspace()}
+        special = [token.content for token in added.values() if token.special and not token.content.isspace()]
+        tokens = "|".join(re.escape(text) for text in sorted(special, key=len, reverse=True)) or "(?!)"
+        self._control = re.compile(tokens)
+        self._marked = re.compile(f"{_OPEN}({tokens}){_CLOSE}|{_OPEN}|{_CLOSE}")
+
+    def text(self, text: str) -> list[int]:
+        """A text with the special tokens that the tokenizer adds; BOS once, also where the text has it already."""
+        ids = self._call(text).ids
+        return ids[1:] if self._adds_bos and ids[:2] == [self.bos_id] * 2 else ids
+
+    def prompt(self, text: str) -> list[int]:
+        """A text that goes on: as `text`, without the end token that some tokenizers add."""
+        ids = self.text(text)
+        return ids[:-1] if self._adds_eos and len(ids) > 1 else ids
+
+    def chat(self, text: str) -> Encoded:
+        """A conversation that a template wrote out: no special tokens added, but for a BOS that the template left out.
+
+        Control tokens between the marks of `protect` become ordinary text; the marks are no part of any token.
+        """
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for start, piece, is_plain in self._pieces(text):
+            part = self._piece(piece, is_plain) if start else self._call(piece, add_special_tokens=False)
+            ids += part.ids
+            spans += [(first + start, last + start) for first, last in part.spans]
+        if self._adds_bos and ids[:1] != [self.bos_id]:
+            ids, spans = [self.bos_id or 0, *ids], [(0, 0), *spans]
+        return Encoded(ids, spans)
+
+    def protect(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with every control token in a content marked as text."""
+        return [{**message, "content": self._protect(message["content"])} for message in messages]  # type: ignore[typeddict-item]
+
+    def _protect(self, content: str) -> str:
+        content = content.replace(_OPEN, "").replace(_CLOSE, "")  # marks must not be forged
+        return self._control.sub(f"{_OPEN}\\g<0>{_CLOSE}", content)
+
+    def _pieces(self, text: str) -> list[tuple[int, str, bool]]:
+        """(start, text, whether it is a protected control token) of what stands between the marks."""
+        pieces, at = [], 0
+        for match in self._marked.finditer(text):
+            pieces.append((at, text[at : match.start()], False))
+            if match[1]:
+                pieces.append((match.start(1), match[1], True))
+            at = match.end()
+        return [piece for piece in [*pieces, (at, text[at:], False)] if piece[1]]
+
+    def _piece(self, text: str, is_plain: bool) -> Encoded:
+        """A piece from the middle, encoded after a newline: SentencePiece adds a space to the beginning of a text."""
+        kwargs = {"add_special_tokens": False, "split_special_tokens": is_plain}
+        newline = self._call("\n", **kwargs).ids
+        encoded = self._call("\n" + text, **kwargs)
+        if encoded.ids[: len(newline)] == newline:
+            spans = [(first - 1, last - 1) for first, last in encoded.spans[len(newline) :]]
+            encoded = Encoded(encoded.ids[len(newline) :], spans)
+        else:
+            encoded = self._call(text, **kwargs)
+        if is_plain and self.added[text] in encoded.ids:
+            raise UserError(f"contains the control token {text}, which this tokenizer cannot write as text")
+        return encoded
+
+    def _call(self, text: str, **kwargs: Any) -> Encoded:
+        out = self.tokenizer(text, return_offsets_mapping=True, verbose=False, **kwargs)
+        return Encoded(list(out["input_ids"]), [(first, last) for first, last in out["offset_mapping"]])

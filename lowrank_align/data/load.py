@@ -1,0 +1,53 @@
+"""The checked rows of a file, a folder or a hub dataset."""
+
+import random
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowrank_align.data.bad_rows import BadRows
+from lowrank_align.data.formats import Row, Shape, parse_row
+from lowrank_align.data.sources import open_source
+from lowrank_align.errors import UserError
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Good rows in their order, and what there is to tell about the others."""
+
+    rows: list[Row]
+    conversions: Counter[str]  # rows by what they were read as: "ShareGPT", "Alpaca", "HH"
+    skipped: int  # bad rows set aside
+    sha256: str  # of the bytes of the source; a hub dataset's fingerprint
+
+
+def load_rows(
+    source: str | Path, *, expect: Collection[Shape], skip_bad: Path | None = None, split: str = "train"
+) -> Loaded:
+    """Reads and checks every row of `source` (see `sources`) as one of the shapes in `expect` (see `formats`).
+
+    A bad row is an error that names the first and counts the others. With `skip_bad` they are written to that file
+    instead (it is made anew, so give each source its own), and `UserError` is raised only where no good row remains.
+    """
+    raw = open_source(source, split)
+    bad, rows = BadRows(skip_bad), []
+    for index, record in enumerate(raw.rows):
+        try:
+            if record.error:
+                raise UserError(record.error)
+            rows.append(parse_row(record.value, record.where, index, expect=expect))
+        except UserError as error:
+            bad.add(record.where, str(error), record.text)
+    skipped = bad.settle(len(rows))
+    if not rows:
+        raise UserError(f"{source}: no rows")
+    return Loaded(rows, Counter(row.read_as for row in rows if row.read_as), skipped, raw.sha256)
+
+
+def split_off(rows: list[Row], eval_rows: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """`(train, eval)`: `eval_rows` rows drawn by `seed` and the rest, both in their old order."""
+    if not 0 < eval_rows < len(rows):
+        raise UserError(f"eval_rows: {eval_rows} of {len(rows)} rows, must be at least 1 and leave some to train on")
+    drawn = set(random.Random(seed).sample(range(len(rows)), eval_rows))
+    return [r for i, r in enumerate(rows) if i not in drawn], [r for i, r in enumerate(rows) if i in drawn]

@@ -1,0 +1,241 @@
+"""The chat template, and where in its text the assistant's turns stand.
+
+A template only writes text; which characters are the assistant's has to be found out. Its turn i begins where the
+rendering of the turns before it, with the generation prompt, ends. Some templates do not keep that prefix (DeepSeek-R1
+opens `<think>` for the model, and leaves it out of earlier answers); then the template's own `{% generation %}` marks
+decide, or, where it has none, the place where the text changes when the turn's content is changed. The same trick finds
+the end of earlier turns, since what follows is the next turn's content; the text in between is known from a trial.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowrank_align.data.messages import Message
+from lowrank_align.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PLAIN_TEMPLATE = """\
+{%- for message in messages %}
+    {%- set content = message['content'] | trim %}
+    {%- if message['role'] == 'system' and loop.first %}
+        {{- content + '\\n\\n' }}
+    {%- elif message['role'] == 'user' %}
+        {{- 'User: ' + content + '\\n' }}
+    {%- elif message['role'] == 'assistant' %}
+        {{- 'Assistant: ' + content }}{{ eos_token }}{{ '\\n' }}
+    {%- else %}
+        {{- raise_exception('the plain template knows user, assistant and one system turn at the beginning') }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- 'Assistant:' }}
+{%- endif %}"""
+"""The template for models that have none: the system text as a paragraph of its own, then a line a turn.
+
+    You are helpful.
+
+    User: Is the sea salt?
+    Assistant: Yes.</s>
+
+The generation prompt is `Assistant:` without a space: the space belongs to the answer's first token, in training and
+in generation alike.
+"""
+
+# Templates that print today's date would make a resumed run differ from an uninterrupted one. This is the date that
+# Llama 3.1's template falls back to; a row's `chat_template_kwargs` can set `date_string`.
+TEMPLATE_DATE = date(2024, 7, 26)
+
+_ASKED, _ANSWERED, _ASKED_AGAIN = "Qzxa", "Qzxb", "Qzxc"  # contents that no template writes by itself
+
+
+@dataclass(frozen=True)
+class Turns:
+    """A rendered conversation: its text, the characters of each assistant's turn with its end, and what was odd.
+
+    A turn that could not be told from the rest is missing in `spans`, which are keyed by the message's place.
+    """
+
+    text: str
+    spans: dict[int, tuple[int, int]]
+    notes: list[str] = field(default_factory=list)
+
+
+class ChatTemplate:
+    """`text` is the template, `source` says whose it is: `the model's own`, `named by the user` or `plain`."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", named: str | None, added: Mapping[str, int]) -> None:
+        """`named` is a .jinja file, one of the tokenizer's named templates, or `plain`; `added` the added tokens.
+
+        Raises `UserError` for a file that is not there and for a template that does not work.
+        """
+        self._tokenizer = tokenizer
+        self.text, self.source = _choose(tokenizer, named)
+        own = tokenizer.chat_template
+        self._for_tools = own.get("tool_use") if isinstance(own, dict) and named is None else None
+        self._has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", self.text) is not None
+        self._as_parts = False
+        self._try_out(added)
+
+    def hash(self) -> str:
+        """SHA-256 of the template's text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def render(self, messages: Sequence[Message], kwargs: Mapping[str, Any], *, open_turn: bool = False) -> str:
+        """The conversation as text; with `open_turn` ready for the assistant's answer. Raises `UserError`."""
+        contents: list[dict[str, Any]] = [dict(message) for message in messages]
+        if self._as_parts:
+            contents = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in contents]
+        template = self._for_tools if self._for_tools and kwargs.get("tools") else self.text
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                contents,
+                chat_template=template,
+                add_generation_prompt=open_turn,
+                tokenize=False,
+                **{"strftime_now": TEMPLATE_DATE.strftime, **kwargs},
+            )
+        except Exception as error:  # a template is a program of somebody else's: it can raise anything
+            raise UserError(f"the chat template refuses this conversation ({' '.join(str(error).split())})") from None
+        return str(rendered)
+
+    def turns(self, messages: Sequence[Message], kwargs: Mapping[str, Any], first: int) -> Turns:
+        """Renders the conversation and finds the assistant's turns from message `first` on."""
+        text = self.render(messages, kwargs)
+        found = Turns(text, {}, self._left_out(text, messages))
+        marks = self._marks(messages, kwargs, text) if self._has_marks else {}
+        for i in range(first, len(messages)):
+            if messages[i]["role"] != "assistant":
+                continue
+            if i == 0:
+                found.notes.append("an answer that opens the conversation is context, not trained")
+                continue
+            start = self._start(text, messages, kwargs, i)
+            if start is None:
+                found.notes.append("the generation prompt is not what the template prints before an answer")
+                start = marks[i][0] if i in marks else self._content_start(text, messages, kwargs, i)
+            end = self._end(text, messages, kwargs, i, start or 0)
+            if end is None and i in marks:
+                end = marks[i][0] + len(text[slice(*marks[i])].rstrip())
+            if start is None or end is None or start >= end:
+                found.notes.append("the template does not show where one of the answers stands; it is not trained")
+                continue
+            found.spans[i] = (start, end)
+        return found
+
+    def _start(self, text: str, messages: Sequence[Message], kwargs: Mapping[str, Any], i: int) -> int | None:
+        """Where turn i begins, if the text before it is what the model gets when it has to write that turn."""
+        try:
+            before = self.render(messages[:i], kwargs, open_turn=True)
+        except UserError:  # a template may want a whole conversation
+            return None
+        return len(before) if text.startswith(before) else None
+
+    def _end(self, text: str, messages: Sequence[Message], kwargs: Mapping[str, Any], i: int, start: int) -> int | None:
+        """Where turn i ends, its end token included and whitespace after that excluded."""
+        if i == len(messages) - 1:
+            if self._tail and text.endswith(self._tail):
+                return len(text) - len(self._tail) + len(self.turn_end)
+            return len(text.rstrip())
+        following = self._content_start(text, messages, kwargs, i + 1)
+        if following is None:
+            return None
+        if messages[i + 1]["role"] == "user" and self._gap and text[:following].endswith(self._gap):
+            keeps_end = self._gap.startswith(self.turn_end)
+            return following - len(self._gap) + (len(self.turn_end) if keeps_end else 0)
+        ended = text.rfind(self.turn_end, start, following) if self.turn_end else -1
+        return ended + len(self.turn_end) if ended >= 0 else None
+
+    def _content_start(self, text: str, messages: Sequence[Message], kwargs: Mapping[str, Any], i: int) -> int | None:
+        """Where the text changes when the content of message i is changed; None if it does not."""
+        other = _ASKED if not messages[i]["content"].lstrip().startswith(_ASKED[0]) else _ASKED.lower()
+        changed: list[Message] = [*messages[:i], {**messages[i], "content": other}, *messages[i + 1 :]]
+        try:
+            changed_text = self.render(changed, kwargs)
+        except UserError:
+            return None
+        if changed_text == text:
+            return None
+        length = min(len(text), len(changed_text))
+        return next((at for at in range(length) if text[at] != changed_text[at]), length)
+
+    def _marks(self, messages: Sequence[Message], kwargs: Mapping[str, Any], text: str) -> dict[int, tuple[int, int]]:
+        """The characters inside the template's `{% generation %}` blocks, by message; none if they do not match up."""
+        out = self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            chat_template=self.text,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+            **{"strftime_now": TEMPLATE_DATE.strftime, **kwargs},
+        )
+        spans: list[tuple[int, int]] = []
+        inside = False
+        for is_answer, (first, last) in zip(out["assistant_masks"], out["offset_mapping"], strict=True):
+            if is_answer:
+                spans = [*spans[:-1], (spans[-1][0], last)] if inside else [*spans, (first, last)]
+            inside = bool(is_answer)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        return dict(zip(answers, spans, strict=True)) if len(spans) == len(answers) else {}
+
+    def _left_out(self, text: str, messages: Sequence[Message]) -> list[str]:
+        """Templates that know no system or tool turns may drop them without a word."""
+        roles = {m["role"] for m in messages if m["role"] != "assistant" and m["content"].strip() not in text}
+        return [f"the chat template leaves out or rewrites turns of role {role}" for role in sorted(roles)]
+
+    def _try_out(self, added: Mapping[str, int]) -> None:
+        """Learns from a trial conversation what the template writes after an answer.
+
+        `turn_end` is the text that ends a turn: up to its first added token, or all of it but whitespace at the end.
+        `turn_end_id` is that token, None where there is none. `_tail` is what follows the last answer, `_gap` what
+        stands between an answer and the user's next turn.
+        """
+        self.turn_end, self.turn_end_id, self._tail, self._gap = "", None, "", ""
+        asked = [Message(role="user", content=_ASKED), Message(role="assistant", content=_ANSWERED)]
+        again = [*asked, Message(role="user", content=_ASKED_AGAIN), Message(role="assistant", content=_ASKED)]
+        try:
+            if _ANSWERED not in self.render(asked, {}):
+                self._as_parts = True  # made for lists of parts, as those of models that also see
+            last, gap = self.render(asked, {}), self.render(again, {})
+        except UserError as error:
+            raise UserError(f"the chat template ({self.source}) does not work: {error}") from None
+        if _ANSWERED not in last:
+            raise UserError(f"the chat template ({self.source}) does not print what the assistant says")
+        self._tail = last[last.rindex(_ANSWERED) + len(_ANSWERED) :]
+        self._gap = gap[gap.rindex(_ANSWERED) + len(_ANSWERED) : gap.rindex(_ASKED_AGAIN)]
+        places = [(self._tail.index(token), -len(token), token) for token in added if token in self._tail]
+        if places:
+            at, _, token = min(places)
+            self.turn_end, self.turn_end_id = self._tail[: at + len(token)], added[token]
+        else:
+            self.turn_end = self._tail.rstrip()
+
+
+def _choose(tokenizer: "PreTrainedTokenizerBase", named: str | None) -> tuple[str, str]:
+    """The template's text and where it comes from."""
+    own = tokenizer.chat_template
+    names = own if isinstance(own, dict) else {}
+    if named is None:
+        own = names.get("default") if names else own
+        return (own, "the model's own") if own else (PLAIN_TEMPLATE, "plain")
+    if named == "plain":
+        return PLAIN_TEMPLATE, "plain"
+    if named in names:
+        return names[named], "named by the user"
+    path = Path(named).expanduser()
+    try:
+        return path.read_text(encoding="utf-8"), "named by the user"
+    except FileNotFoundError:
+        known = [*names, "plain", *(file.name for file in path.parent.glob("*.jinja"))]
+        raise UserError(
+            f"chat_template: {named}: no such file, nor a template of the tokenizer{nearest(path.name, known)}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template: {named}: cannot be read ({error})") from None

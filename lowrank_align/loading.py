@@ -1,0 +1,219 @@
+"""Bring one causal language model and its tokenizer into memory: quantised, frozen, dropout off, checked."""
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import logging as transformers_logging
+
+from lowrank_align.errors import EnvironmentProblem, UserError
+from lowrank_align.provenance import weights_hash
+
+log = logging.getLogger(__name__)
+
+Quantize = Literal["nf4", "int8", "none"]
+Attention = Literal["auto", "sdpa", "eager", "flex_attention"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A frozen base as it came from disk."""
+
+    model: nn.Module
+    tokenizer: Any
+    name: str  # as the user gave it
+    path: Path  # the folder it was read from
+    weights_hash: str  # of the weight files: the same however it is quantised
+    compute_dtype: torch.dtype
+
+
+def load_frozen(
+    name: str, *, quantize: Quantize = "nf4", device: str = "auto", dtype: str = "auto", attention: Attention = "auto"
+) -> Loaded:
+    """Load `name` (a folder, a hub id, or `tiny`) with every weight frozen and every dropout at 0.
+
+    Raises UserError where the model is not to be found or is no causal language model, EnvironmentProblem where the
+    machine lacks what was asked for.
+    """
+    where = pick_device(device)
+    compute = pick_dtype(dtype, where)
+    if quantize != "none" and where.type == "mps":
+        raise EnvironmentProblem(
+            "--quantize: bitsandbytes has no Apple GPU support; use --quantize none or --device cpu"
+        )
+    path = model_folder(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = _from_pretrained(path, name, quantize, where, compute, attention)
+    except torch.OutOfMemoryError as error:
+        raise EnvironmentProblem(f"{name}: does not fit on {where}; try --quantize nf4 or a smaller model") from error
+    model.requires_grad_(False)
+    _switch_dropout_off(model)
+    _keep_4bit_layout(model)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return Loaded(model, tokenizer, name, path, weights_hash(path), compute)
+
+
+def model_folder(name: str) -> Path:
+    """The local folder of a model: `tiny` is built when missing, a hub id comes from the hub's cache or is fetched."""
+    if name == "tiny":
+        from lowrank_align.tiny import tiny_path
+
+        return tiny_path()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"{name}: no config.json in this folder; --model takes a transformers model folder, a hub id or tiny"
+            )
+        return path.resolve()
+    if path.exists():
+        raise UserError(f"{name}: is a file; --model takes a model folder, a hub id or tiny")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise UserError(f"{name}: no such model folder{_neighbour(path)}")
+    return _from_hub(name, path)
+
+
+def check_model_exists(name: str) -> None:
+    """Fail early, before data is read and torch is busy, where `name` is a folder that is not there."""
+    if name != "tiny" and not _looks_like_hub_id(name):
+        model_folder(name)
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` takes the first of CUDA (also ROCm), XPU, CPU. Asking for a GPU that is not there is an EnvironmentProblem."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("xpu" if torch.xpu.is_available() else "cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"--device {device}: unknown; use auto, cpu, cuda, cuda:N, xpu or mps") from error
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available()}
+    present["mps"] = torch.backends.mps.is_available()
+    if not present.get(wanted.type, False):
+        raise EnvironmentProblem(f"--device {device}: this torch ({torch.__version__}) sees no such device; use --device cpu, "
+                                 "or install the torch build for your GPU (PyTorch's install selector names it)")  # fmt: skip
+    if wanted.type == "cuda" and wanted.index is not None and wanted.index >= torch.cuda.device_count():
+        raise EnvironmentProblem(f"--device {device}: there are only {torch.cuda.device_count()} GPUs")
+    return wanted
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """bf16 where the GPU has it, fp16 on older ones, fp32 on CPU (bf16 without its instructions is 10-100x slower)."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if device.type == "xpu" else torch.float32
+
+
+def _from_pretrained(
+    path: Path, name: str, quantize: Quantize, device: torch.device, compute: torch.dtype, attention: Attention
+) -> Any:
+    options: dict[str, Any] = {"dtype": compute, "device_map": {"": device}, "use_safetensors": True}
+    if attention != "auto":
+        options["attn_implementation"] = attention
+    if quantize == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
+    elif quantize == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # says so at every product
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    config = _read_config(path, name)
+    if config.model_type in ("gemma2", "gpt_oss") and attention == "auto":
+        options["attn_implementation"] = "eager"  # these two refuse SDPA
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **options)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"{name}: cannot be loaded as a causal language model: {_first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{name}: {len(missing)} weights are missing from its files (first: {missing[0]}); not a whole causal model"
+        )
+    return model
+
+
+def _read_config(path: Path, name: str) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{name}: config.json cannot be used: {_first_line(error)}") from error
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise UserError(
+            f"{name}: its weights are already quantised ({method}); give the 16-bit model, it is quantised while loading"
+        )
+    return config
+
+
+def _switch_dropout_off(model: nn.Module) -> None:
+    """A base with dropout (GPT-2's 0.1) would make policy and reference differ at step 0. LoRA has its own, later."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for attribute in ("attention_dropout", "dropout", "hidden_dropout", "jitter_noise"):
+            if isinstance(getattr(module, attribute, None), float):
+                setattr(module, attribute, 0.0)
+
+
+def _keep_4bit_layout(model: nn.Module) -> None:
+    """On CPUs with AVX-512-BF16, bitsandbytes repacks 4-bit weights in place in a no-grad forward; training then breaks."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    path = Path(name).expanduser()
+    return not (path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1)
+
+
+def _from_hub(name: str, path: Path) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except GatedRepoError as error:
+        raise EnvironmentProblem(f"{name}: gated; accept its licence on its page, then run `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"{name}: neither a folder here{_neighbour(path)} nor a model on the hub") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+        raise UserError(
+            f"{name}: no such folder{_neighbour(path)}, and the hub cannot be reached for it{offline}"
+        ) from error
+
+
+def _neighbour(path: Path) -> str:
+    parent = path.parent
+    names = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+    close = get_close_matches(path.name, names, n=1)
+    return f" (did you mean {parent / close[0]}?)" if close else ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,335 @@
+"""The one training loop: accumulate, clip, step, log, evaluate, save; the same for every method.
+
+Promises: the effective batch never changes (on out-of-memory the micro-batch is halved and the same batch retried), a
+non-finite loss or gradient is not stepped on, and a resumed run goes on bitwise. Every random draw has a generator
+seeded by what it is for, so there is no global state to keep.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import get_scheduler
+
+from lowrank_align import checkpoint
+from lowrank_align.config import TrainSettings
+from lowrank_align.errors import EnvironmentProblem, NumericError, Stopped
+from lowrank_align.methods.method import Method, Metrics
+from lowrank_align.progress import Progress
+from lowrank_align.rollout import generator_for, seed_of
+from lowrank_align.runs import RunFolder
+from lowrank_align.stopping import StopSignals
+from lowrank_align.trees import TreeRow
+
+log = logging.getLogger(__name__)
+
+SKIPS_IN_A_ROW = 5  # steps without finite numbers, after which the run stops
+SKIPS_OF_FP16 = 25  # the scale of fp16 gradients starts too high and finds its size by such skips
+SAMPLE_ROWS = 3
+OUT_OF_MEMORY = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator: can't allocate memory",
+)
+
+
+class Loop:
+    """A method's training on some rows, from the newest checkpoint of its run to the last step."""
+
+    def __init__(
+        self,
+        method: Method[Any, Any],
+        rows: Sequence[TreeRow],
+        eval_rows: Sequence[TreeRow],
+        run: RunFolder,
+        progress: Progress,
+        stop: StopSignals,
+    ) -> None:
+        self.method, self.rows, self.eval_rows = method, rows, eval_rows
+        self.settings: TrainSettings = method.settings
+        self.run_folder, self.progress, self.stop = run, progress, stop
+        self.base = method.base
+        self.sizes = {"micro_batch_size": self.settings.micro_batch_size}
+        self.skipped = self.skipped_in_a_row = 0
+        self.best: tuple[float, int, dict[str, Tensor]] | None = None
+        self.evaluations_since_best = 0
+        half = self.base.compute_dtype == torch.float16 and self.base.device.type == "cuda"
+        self.accelerator = Accelerator(
+            cpu=self.base.device.type == "cpu",
+            mixed_precision="fp16" if half else "no",
+            log_with=self.settings.report_to or None,
+            project_dir=str(run.path),
+        )
+        self.skips_allowed = SKIPS_OF_FP16 if half else SKIPS_IN_A_ROW
+        self.optimizer = self.accelerator.prepare(_optimizer(method))
+        updates = self.total_steps * method.updates_per_step
+        self.scheduler = get_scheduler(
+            self.settings.lr_schedule,
+            self.optimizer.optimizer,
+            num_warmup_steps=math.ceil(self.settings.warmup_ratio * updates),
+            num_training_steps=updates,
+        )
+        method.backward = self.accelerator.backward
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        by_epochs = math.ceil(self.settings.epochs * len(self.rows) / self.settings.batch_size)
+        return self.settings.max_steps or max(1, by_epochs)
+
+    def run(self) -> dict[str, float]:
+        """Train to the end; the last figures. Stopped where a signal asked for it: everything is saved then."""
+        s, start = self.settings, self._resume()
+        figures: dict[str, float] = {}
+        latest_evaluation: dict[str, float] = {}
+        if s.report_to:
+            self.accelerator.init_trackers("lowrank_align", config={"method": s.method})
+        if start == 0:
+            self.method.check_start(self.rows[: min(2, len(self.rows))])
+        self.base.model.train()
+        self.progress.start(s.method, self.total_steps, start)
+        for step in range(start + 1, self.total_steps + 1):
+            last = step == self.total_steps
+            figures = self._step(step)
+            evaluated = self._evaluate(step) if self.eval_rows and (last or step % s.eval_steps == 0) else {}
+            latest_evaluation |= evaluated
+            if step % s.log_steps == 0 or last or evaluated:
+                self._log(step, figures | evaluated)
+            if s.sample_steps and (last or step % s.sample_steps == 0):
+                self._show_samples(step)
+            stopping_early = s.early_stopping > 0 and self.evaluations_since_best >= s.early_stopping
+            if last or stopping_early or self.stop.asked or step % s.save_steps == 0:
+                self._save(step)
+            if stopping_early:
+                self.progress.note(f"stopped early at step {step}: no better evaluation {s.early_stopping} times")
+                break
+            if self.stop.asked and not last:
+                raise Stopped(f"{self.run_folder.path}: stopped at step {step} of {self.total_steps} and saved; "
+                              "the same command with --resume goes on")  # fmt: skip
+        if s.report_to:
+            self.accelerator.end_training()
+        if self.best is not None and s.early_stopping:
+            self._restore_best()
+        return figures | latest_evaluation
+
+    # ---- one step
+
+    def _step(self, step: int) -> dict[str, float]:
+        """All optimiser updates of one step (one, or PPO's epochs x minibatches)."""
+        began = time.perf_counter()
+        metrics, losses = Metrics(), []
+        norms: list[float] = []
+        for update, items in enumerate(self.method.round(self._rows_of(step), step, self.retry)):
+            loss, norm = self._update(items, metrics, step, update)
+            losses.append(loss)
+            norms.append(norm)
+        return {
+            "loss": sum(losses) / len(losses),
+            **metrics.results(),
+            **self.method.round_metrics(),
+            "grad_norm": sum(norms) / len(norms),
+            "learning_rate": self.scheduler.get_last_lr()[0],
+            "skipped": float(self.skipped),
+            "seconds": time.perf_counter() - began,
+        }
+
+    def _update(self, items: Sequence[Any], metrics: Metrics, step: int, update: int) -> tuple[float, float]:
+        """One optimiser step on `items`, in micro-batches; loss and gradient norm."""
+
+        def accumulate(size: int) -> tuple[float, Metrics]:
+            self.optimizer.zero_grad()
+            weight, total, seen = self.method.weight(items), 0.0, Metrics()
+            for start in range(0, len(items), size):
+                with self._dropout_seed(step, update, start):
+                    total += self.method.step(items[start : start + size], weight, seen).item()
+            return total, seen
+
+        loss, seen = self.retry(accumulate, "micro_batch_size")
+        metrics.absorb(seen)
+        norm = self._clip()
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+        else:
+            self._skip(loss, norm, step)
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return loss, norm
+
+    def _clip(self) -> float:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        return float(norm) if norm is not None else 0.0
+
+    def _skip(self, loss: float, norm: float, step: int) -> None:
+        """A step on NaN would poison every weight: leave it out, and give up after a few in a row."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.progress.note(f"step {step}: loss {loss:.3g}, gradient norm {norm:.3g}: not finite, not stepped on")
+        if self.accelerator.scaler is not None:
+            self.optimizer.step()  # the scaler leaves the weights alone and lowers its scale
+        if self.skipped_in_a_row >= self.skips_allowed:
+            raise NumericError(f"{self.run_folder.path}: {self.skipped_in_a_row} steps in a row without finite numbers; lower "
+                               "--learning-rate, then --resume from the last checkpoint")  # fmt: skip
+
+    def retry(self, function: Callable[[int], Any], knob: str) -> Any:
+        """`function(size)` with the size that the settings' `knob` names, halved for good while memory runs out."""
+        self.sizes.setdefault(knob, getattr(self.settings, knob))
+        while True:
+            try:
+                return function(self.sizes[knob])
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                message = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+            if self.sizes[knob] == 1:
+                raise EnvironmentProblem(f"out of memory with {knob} 1 ({message}); lower --max-length or --rank, or use "
+                                         "--gradient-checkpointing")  # fmt: skip
+            self.sizes[knob] //= 2
+            self.progress.note(f"out of memory: {knob} is now {self.sizes[knob]}; the same batch again")
+            if self.base.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _rows_of(self, step: int) -> list[TreeRow]:
+        """The rows of a step: a function of seed and step alone, a new order for each round through the data."""
+        size, count = self.settings.batch_size, len(self.rows)
+        end = step * size
+        if self.settings.max_steps is None:
+            end = min(end, max(1, round(self.settings.epochs * count)))
+        places = range((step - 1) * size, end)
+        orders = {epoch: _order(self.settings.seed, epoch, count) for epoch in {i // count for i in places}}
+        return [self.rows[orders[i // count][i % count]] for i in places]
+
+    @contextmanager
+    def _dropout_seed(self, *parts: int) -> Iterator[None]:
+        """LoRA dropout draws from torch's global generator: seed it by place, and give it back as it was."""
+        if self.settings.lora_dropout == 0:
+            yield
+            return
+        with torch.random.fork_rng(devices=[self.base.device] if self.base.device.type == "cuda" else []):
+            torch.manual_seed(seed_of(self.settings.seed, *parts, "dropout"))
+            yield
+
+    # ---- what is looked at on the way
+
+    @torch.no_grad()
+    def _evaluate(self, step: int) -> dict[str, float]:
+        self.method.backward = lambda loss: None
+        self.base.model.eval()
+        try:
+            found = self.method.evaluate(self.eval_rows, self.retry)
+        finally:
+            self.method.backward = self.accelerator.backward
+            self.base.model.train()
+        name, pick = self.method.monitor
+        value = found[name] if pick is min else -found[name]
+        if self.best is None or value < self.best[0]:
+            kept = {key: p.detach().clone() for key, p in self._parameters().items()} if self.settings.early_stopping else {}
+            self.best, self.evaluations_since_best = (value, step, kept), 0
+        else:
+            self.evaluations_since_best += 1
+        return {f"eval_{key}": value for key, value in found.items()}
+
+    def _log(self, step: int, figures: dict[str, float]) -> None:
+        self.run_folder.log_metrics(step, figures)
+        self.progress.step(step, figures)
+        if self.settings.report_to:
+            self.accelerator.log(figures, step=step)
+
+    def _show_samples(self, step: int) -> None:
+        samples = self.method.samples((self.eval_rows or self.rows)[:SAMPLE_ROWS], step)
+        self.run_folder.log_samples(step, samples)
+        self.progress.samples(step, samples)
+
+    # ---- checkpoints
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return {
+            f"{role}/{key}": parameter
+            for role in self.method.trained
+            for key, parameter in self.base.trainable_parameters(role).items()
+        }
+
+    def _save(self, step: int) -> None:
+        values: dict[str, Any] = {
+            "step": step,
+            "sizes": self.sizes,
+            "skipped": [self.skipped, self.skipped_in_a_row],
+            "best": None if self.best is None else [self.best[0], self.best[1], self.evaluations_since_best],
+            "method": self.method.state(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+        }
+        state = checkpoint.State({key: p.detach() for key, p in self._parameters().items()}, values)
+        state.tensors |= {f"best/{key}": tensor for key, tensor in (self.best[2] if self.best else {}).items()}
+        state.update(checkpoint.flatten("optimizer", self.optimizer.state_dict()))
+        checkpoint.save(self.run_folder.checkpoints, step, state, self.settings.keep_checkpoints)
+
+    def _resume(self) -> int:
+        """Take up the newest checkpoint that verifies; the step it was written at, 0 without one."""
+        found = checkpoint.latest(self.run_folder.checkpoints) if self.settings.resume else None
+        if found is None:
+            self.run_folder.truncate_metrics(0)
+            return 0
+        path, state = found
+        for key, parameter in self._parameters().items():
+            parameter.data.copy_(state.tensors[key])
+        self.optimizer.load_state_dict(checkpoint.unflatten("optimizer", state))
+        values = state.values
+        self.scheduler.load_state_dict(values["scheduler"])
+        if self.accelerator.scaler and values["scaler"]:
+            self.accelerator.scaler.load_state_dict(values["scaler"])
+        self.sizes |= values["sizes"]
+        self.skipped, self.skipped_in_a_row = values["skipped"]
+        if values["best"] is not None:
+            value, step, self.evaluations_since_best = values["best"]
+            kept = {k.removeprefix("best/"): t for k, t in state.tensors.items() if k.startswith("best/")}
+            self.best = (value, step, {k: t.to(self.base.device) for k, t in kept.items()})
+        self.method.load_state(values["method"])
+        self.run_folder.truncate_metrics(values["step"])
+        self.progress.note(f"resumed from {path.name} of {self.total_steps} steps")
+        return int(values["step"])
+
+    def _restore_best(self) -> None:
+        assert self.best is not None
+        for key, parameter in self._parameters().items():
+            parameter.data.copy_(self.best[2][key])
+        self.progress.note(f"kept the adapter of step {self.best[1]}, the best on the held-out rows")
+
+
+def _optimizer(method: Method[Any, Any]) -> torch.optim.Optimizer:
+    s: TrainSettings = method.settings
+    groups = [
+        {"params": list(method.base.trainable_parameters(role).values()), "lr": rate}
+        for role, rate in method.learning_rates().items()
+    ]
+    options: dict[str, Any] = {
+        "betas": (s.adam_beta1, s.adam_beta2), "eps": s.adam_epsilon, "weight_decay": s.weight_decay,
+    }  # fmt: skip
+    if s.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **options)
+    if method.base.device.type != "cuda":
+        raise EnvironmentProblem(f"--optimizer {s.optimizer} needs a CUDA GPU; use adamw")
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
+    kinds: dict[str, Any] = {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}
+    made: torch.optim.Optimizer = kinds[s.optimizer](groups, **options)
+    return made
+
+
+def _order(seed: int, epoch: int, count: int) -> list[int]:
+    generator = generator_for(torch.device("cpu"), seed, epoch, "rows")
+    order: list[int] = torch.randperm(count, generator=generator).tolist()
+    return order
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or any(words in str(error) for words in OUT_OF_MEMORY)

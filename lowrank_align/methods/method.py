@@ -1,0 +1,200 @@
+"""What the loop asks of a method, and the averages a method gives back."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from lowrank_align.base import Base
+from lowrank_align.config import TrainSettings
+from lowrank_align.data.chat import Renderer
+from lowrank_align.data.formats import Row, Shape
+from lowrank_align.errors import NumericError
+from lowrank_align.rollout import generator_for, sample
+from lowrank_align.runs import RunFolder
+from lowrank_align.trees import TreeRow
+
+Item = TypeVar("Item")
+SettingsT = TypeVar("SettingsT", bound=TrainSettings)
+
+START_TOLERANCE_NATS = 1e-5
+
+Retry = Callable[[Callable[[int], Any], int], Any]  # retry(f, size) runs f(size), halving size while memory runs out
+
+
+class Metrics:
+    """Means, extremes and sums over everything a step saw, whatever micro-batches it was cut into."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self._extremes: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = {}
+        self._totals: dict[str, Tensor] = {}
+
+    def mean(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
+        """Adds to the mean of `name` the values, or those under `mask`."""
+        values = values.detach()
+        if mask is None:
+            mask = torch.ones_like(values, dtype=torch.bool)
+        total, count = self._sums.get(name, (torch.zeros((), device=values.device),) * 2)
+        self._sums[name] = (total + values.masked_fill(~mask, 0).sum(), count + mask.sum())
+
+    def extreme(self, name: str, values: Tensor, pick: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Keeps the least (`torch.minimum`) or the greatest (`torch.maximum`) of the values."""
+        for value in values.detach().flatten():
+            self._extremes[name] = (pick, pick(self._extremes[name][1], value) if name in self._extremes else value)
+
+    def total(self, name: str, value: Tensor) -> None:
+        """Adds to the sum of `name`."""
+        self._totals[name] = self._totals.get(name, torch.zeros((), device=value.device)) + value.detach()
+
+    def absorb(self, other: "Metrics") -> None:
+        """Takes over everything that another one saw."""
+        for name, (total, count) in other._sums.items():
+            mine = self._sums.get(name)
+            self._sums[name] = (total, count) if mine is None else (mine[0] + total, mine[1] + count)
+        for name, (pick, value) in other._extremes.items():
+            self.extreme(name, value, pick)
+        for name, value in other._totals.items():
+            self.total(name, value)
+
+    def results(self) -> dict[str, float]:
+        """The numbers by name; a mean over nothing is left out."""
+        found = {name: total.item() for name, total in self._totals.items()}
+        found |= {name: (total / count).item() for name, (total, count) in self._sums.items() if count.item() > 0}
+        return found | {name: value.item() for name, (_, value) in self._extremes.items()}
+
+
+class Method(ABC, Generic[SettingsT, Item]):
+    """One method: which rows it takes, which roles it puts on the base, and one micro-batch's forward and backward."""
+
+    shapes: ClassVar[frozenset[Shape]]
+    trained: ClassVar[tuple[str, ...]] = ("policy",)  # the roles that the optimiser moves; the first is the run's adapter
+
+    def __init__(self, base: Base, settings: SettingsT, renderer: Renderer) -> None:
+        self.base, self.settings, self.renderer = base, settings, renderer
+        # The loop puts accelerate's in place of this, which knows about 16-bit gradient scaling.
+        self.backward: Callable[[Tensor], None] = lambda loss: loss.backward()
+
+    # ---- data
+
+    def render(self, row: Row) -> Any:
+        """One row of the file as the item that `round` gets; `Rendered.tree` None where it is dropped."""
+        return self.renderer.tree_row(row)
+
+    # ---- roles
+
+    @abstractmethod
+    def add_roles(self) -> None:
+        """Put the method's roles on the base."""
+
+    def learning_rates(self) -> dict[str, float]:
+        """The peak learning rate of every trained role."""
+        return dict.fromkeys(self.trained, self.settings.learning_rate)
+
+    def policy_from_settings(self, name: str = "policy", *, head: bool = False) -> None:
+        """The trained adapter: the one that `--adapter` names goes on, otherwise a new one."""
+        s = self.settings
+        self.base.add_role(
+            name,
+            start_from=s.adapter,
+            rank=None if s.adapter else s.rank,
+            alpha=s.alpha,
+            dropout=s.lora_dropout,
+            target_modules=s.target_modules,
+            head=head,
+            seed=s.seed,
+        )
+
+    # ---- step
+
+    def round(self, rows: Sequence[TreeRow], step: int, retry: Retry) -> Iterator[Sequence[Item]]:
+        """The batches of a step's optimiser updates: the rows themselves, once; PPO makes rollouts of them first."""
+        yield rows  # type: ignore[misc]
+
+    @property
+    def updates_per_step(self) -> int:
+        """How many batches `round` yields."""
+        return 1
+
+    @abstractmethod
+    def weight(self, items: Sequence[Item]) -> float:
+        """What a whole batch's summed loss is divided by: its rows, or its tokens."""
+
+    @abstractmethod
+    def step(self, items: Sequence[Item], weight: float, metrics: Metrics) -> Tensor:
+        """Forward and, where gradients are wanted, backward of one micro-batch; returns its part of the loss.
+
+        The loss is summed over the items and divided by `weight`, so that parts add up to the whole batch's loss.
+        """
+
+    def round_metrics(self) -> dict[str, float]:
+        """Numbers about the round as a whole (PPO's rollouts)."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able values beside weights and optimiser that a resumed run needs."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+
+    # ---- evaluation
+
+    monitor: ClassVar[tuple[str, Callable[..., Any]]] = ("loss", min)  # what early stopping watches, and which way
+
+    def evaluate(self, rows: Sequence[TreeRow], retry: Retry) -> dict[str, float]:
+        """The loss and the metrics on held-out rows; gradients are off."""
+
+        def measure(size: int) -> tuple[float, Metrics]:
+            weight, total, seen = self.weight(rows), 0.0, Metrics()  # type: ignore[arg-type]
+            for start in range(0, len(rows), size):
+                total += self.step(rows[start : start + size], weight, seen).item()  # type: ignore[arg-type]
+            return total, seen
+
+        loss, seen = retry(measure, "micro_batch_size")
+        return {"loss": loss, **seen.results()}
+
+    # ---- before and after
+
+    def check_start(self, rows: Sequence[TreeRow]) -> None:
+        """What must hold before the first step, on a few rows; NumericError where it does not."""
+
+    def finish(self, rows: Sequence[TreeRow]) -> dict[str, float]:
+        """What is left to measure on the training rows when the last step is done."""
+        return {}
+
+    def samples(self, rows: Sequence[TreeRow], step: int) -> list[dict[str, Any]]:
+        """The policy's answers to these rows' prompts, to print and keep."""
+        room = self.base.context_tokens - self.settings.sample_tokens
+        prompts = [row for row in rows if len(row.prompt_ids) <= room]
+        with self.base.role(self.trained[0]):
+            answers = sample(
+                self.base,
+                [row.prompt_ids for row in prompts],
+                end_ids=self.renderer.end_ids,
+                max_new_tokens=self.settings.sample_tokens,
+                generator=generator_for(self.base.device, self.settings.seed, step, "samples"),
+            )
+        texts = [self.renderer.decode(answer[0].ids) for answer in answers]
+        return [
+            {"prompt": row.prompt_text or self.renderer.decode(row.prompt_ids), "completion": text}
+            for row, text in zip(prompts, texts, strict=True)
+        ]
+
+    def save(self, run: RunFolder) -> str:
+        """Write the trained adapter into the run; returns its hash."""
+        return self.base.save_role(self.trained[0], run.adapter)
+
+
+def assert_policy_is_reference(base: Base, rows: Sequence[TreeRow]) -> None:
+    """At step 0 the policy *is* the reference: DPO's loss is ln 2 and PPO's KL is 0, or everything after is skewed."""
+    batch = base.collate(list(rows))
+    logps = []
+    for name in ("policy", "reference"):
+        with base.role(name), torch.no_grad():
+            logps.append(base.token_scores(batch).per_token_logps)
+    gap = (logps[0] - logps[1]).abs().max().item()
+    if not gap <= START_TOLERANCE_NATS:
+        raise NumericError(f"before the first step the policy differs from its reference by {gap:.2g} nats a token; not training")

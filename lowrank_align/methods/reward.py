@@ -1,0 +1,120 @@
+"""Reward model: scores whose differences explain the preferences (Bradley-Terry; InstructGPT, arXiv 2203.02155, eq. 1)."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_align.adapters import REWARD
+from lowrank_align.base import Base
+from lowrank_align.checkpoint import write_atomic
+from lowrank_align.config import RewardSettings
+from lowrank_align.data.chat import Renderer
+from lowrank_align.data.formats import Shape
+from lowrank_align.methods.method import Method, Metrics
+from lowrank_align.objectives.paired import bradley_terry, centring, mean_per_row
+from lowrank_align.rollout import generator_for, sample
+from lowrank_align.runs import RunFolder
+from lowrank_align.trees import Completion, TreeRow, collate_comparisons
+
+
+class Reward(Method[RewardSettings, TreeRow]):
+    # ---- data
+
+    shapes = frozenset({Shape.pair, Shape.ranking})
+
+    # ---- roles
+
+    trained = ("reward",)
+
+    def add_roles(self) -> None:
+        self.policy_from_settings("reward", head=True)
+
+    # ---- step
+
+    def weight(self, items: Sequence[TreeRow]) -> float:
+        """Rows: a ranking's K(K-1)/2 comparisons count as one."""
+        return float(len(items))
+
+    def step(self, items: Sequence[TreeRow], weight: float, metrics: Metrics) -> Tensor:
+        batch, pairs = self.base.collate(list(items)), collate_comparisons(items, self.base.device)
+        with self.base.role("reward"):
+            scores = self.base.scores(batch)
+            first, second = scores[pairs.first], scores[pairs.second]
+            outcome = bradley_terry(first, second, pairs.preference, pairs.target_margin)
+            losses = outcome.loss + centring(first, second, self.settings.centering_coefficient)
+            loss = mean_per_row(losses, pairs.row_of, len(items)).sum() / weight
+            self.backward(loss)
+        metrics.mean("accuracy", outcome.accuracies, outcome.decided)
+        metrics.mean("margin", outcome.margins, outcome.decided)
+        metrics.mean("mean_reward", scores)
+        metrics.extreme("min_reward", scores, torch.minimum)
+        metrics.extreme("max_reward", scores, torch.maximum)
+        return loss.detach()
+
+    # ---- before and after
+
+    def __init__(self, base: Base, settings: RewardSettings, renderer: Renderer) -> None:
+        super().__init__(base, settings, renderer)
+        self.shifted_rows = 0
+
+    def finish(self, rows: Sequence[TreeRow]) -> dict[str, float]:
+        """The shift that puts the mean score of the chosen kind of completions at 0."""
+        rows = rows[: self.settings.shift_rows]
+        if self.settings.shift_over == "chosen":
+            rows = [_best_only(row) for row in rows]
+        elif self.settings.shift_over == "reference":
+            rows = self._answers_of_start(rows)
+        role = self.base.roles["reward"]
+        found = []
+        with self.base.role("reward"), torch.no_grad():
+            for i in range(0, len(rows), self.settings.micro_batch_size):
+                batch = self.base.collate(list(rows[i : i + self.settings.micro_batch_size]))
+                found.append(self.base.scores(batch).cpu())
+        role.shift, self.shifted_rows = torch.cat(found).double().mean().item(), len(rows)
+        return {"shift": role.shift}
+
+    def samples(self, rows: Sequence[TreeRow], step: int) -> list[dict[str, Any]]:
+        """The scores of these rows' completions."""
+        with self.base.role("reward"), torch.no_grad():
+            scores = iter(self.base.scores(self.base.collate(list(rows))).tolist())
+        return [
+            {
+                "prompt": row.prompt_text or self.renderer.decode(row.prompt_ids),
+                "completions": [self.renderer.decode(c.ids) for c in row.completions],
+                "scores": [next(scores) for _ in row.completions],
+            }
+            for row in rows
+        ]
+
+    def save(self, run: RunFolder) -> str:
+        """The adapter with its head as a sequence classifier; the shift lies beside it."""
+        digest = self.base.save_role("reward", run.adapter, as_reward=True)
+        shift = {"shift": self.base.roles["reward"].shift, "over": self.settings.shift_over, "rows": self.shifted_rows}
+        write_atomic(run.path / REWARD, json.dumps(shift, indent=2) + "\n")
+        return digest
+
+    def _answers_of_start(self, rows: Sequence[TreeRow]) -> list[TreeRow]:
+        start = self.settings.adapter
+        self.base.add_role("start", start_from=start, trainable=False)
+        room = self.base.context_tokens - self.settings.sample_tokens
+        prompts = [row.prompt_ids for row in rows if len(row.prompt_ids) <= room]
+        with self.base.role("start"):
+            answers = sample(
+                self.base,
+                prompts,
+                end_ids=self.renderer.end_ids,
+                max_new_tokens=self.settings.sample_tokens,
+                generator=generator_for(self.base.device, self.settings.seed, "shift"),
+            )
+        self.base.remove_role("start")
+        return [TreeRow(a[0].prompt_ids, [Completion(a[0].ids, [True] * len(a[0].ids))]) for a in answers]
+
+
+def _best_only(row: TreeRow) -> TreeRow:
+    """The row with the completion alone that loses no comparison (the chosen one; of a ranking, the best)."""
+    losers = {c.second if c.preference >= 0.5 else c.first for c in row.comparisons}
+    best = next((i for i in range(len(row.completions)) if i not in losers), 0)
+    return TreeRow(row.prompt_ids, [row.completions[best]], index=row.index)

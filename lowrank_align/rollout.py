@@ -1,0 +1,141 @@
+"""Prompts -> sampled completions, with generators of our own so that a resumed run draws what it would have drawn."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
+
+from lowrank_align.base import Base
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled completion; `ids` end with the end token where it `finished` by itself."""
+
+    prompt_ids: list[int]
+    ids: list[int]
+    finished: bool
+
+
+@torch.no_grad()
+def sample(
+    base: Base,
+    prompts: Sequence[list[int]],
+    *,
+    end_ids: Sequence[int],
+    max_new_tokens: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    completions_per_prompt: int = 1,
+    batch_size: int = 32,
+) -> list[list[Rollout]]:
+    """Completions of every prompt under the active role, in the order of the prompts.
+
+    `temperature` 0 takes the likeliest token. Nothing but it and `top_p` changes the distribution: no top-k, no
+    repetition penalty, whatever the model's own generation settings say. `generator` lives on the base's device.
+    """
+    found: dict[int, list[Rollout]] = {}
+    with inference(base):
+        for chunk in _chunks(base, prompts, max(1, batch_size // completions_per_prompt)):
+            sampler = _Sampler(temperature, top_p, generator)
+            ids = _generate(base, [prompts[i] for i in chunk], sampler, end_ids, max_new_tokens, completions_per_prompt)
+            for place, i in enumerate(chunk):
+                mine = ids[place * completions_per_prompt : (place + 1) * completions_per_prompt]
+                found[i] = [_until_end(prompts[i], row.tolist(), set(end_ids)) for row in mine]
+    return [found[i] for i in range(len(prompts))]
+
+
+@contextmanager
+def inference(base: Base) -> Iterator[None]:
+    """Evaluation mode (a cache, no checkpointing, no dropout), and back to the mode before."""
+    training = base.model.training
+    base.model.eval()
+    try:
+        yield
+    finally:
+        base.model.train(training)
+
+
+def generator_for(device: torch.device, *parts: int | str) -> torch.Generator:
+    """A generator of one purpose, seeded by what it is for (seed, step, name): nothing to save, nothing shared."""
+    return torch.Generator(device).manual_seed(seed_of(*parts))
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed that belongs to one purpose."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class _Sampler(LogitsProcessor):
+    """Draws from softmax(logits / temperature) as an arg-max over logits + Gumbel noise (arXiv 1611.01144, eq. 1).
+
+    `generate` takes no generator; under its greedy search, this makes the draw, and the draw alone, ours.
+    """
+
+    def __init__(self, temperature: float, top_p: float, generator: torch.Generator) -> None:
+        self.temperature, self.generator = temperature, generator
+        self.nucleus = TopPLogitsWarper(top_p) if top_p < 1.0 else None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.temperature == 0:
+            return scores
+        logits = scores.float() / self.temperature
+        if self.nucleus is not None:
+            logits = self.nucleus(input_ids, logits)
+        return logits - torch.empty_like(logits).exponential_(generator=self.generator).log()
+
+
+def _generate(
+    base: Base, prompts: list[list[int]], sampler: _Sampler, end_ids: Sequence[int], max_new_tokens: int, copies: int
+) -> Tensor:
+    """(prompts x copies, new tokens); what follows an end token is padding."""
+    width = max(map(len, prompts))
+    pad = base.tokenizer.pad_token_id if base.tokenizer.pad_token_id is not None else end_ids[0]
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=base.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=base.device)
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(end_ids), pad_token_id=pad, use_cache=True
+    )
+    cache = None
+    with base.autocast():
+        if copies > 1:
+            if base.layout == "tree" and width > 1:  # one prefill serves all completions of a prompt
+                positions = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
+                cache = base.model(
+                    input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions, use_cache=True,
+                    logits_to_keep=1,
+                ).past_key_values  # fmt: skip
+                cache.batch_repeat_interleave(copies)
+            ids, mask = ids.repeat_interleave(copies, 0), mask.repeat_interleave(copies, 0)
+        tokens = base.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([sampler]),
+        )
+    return tokens[:, width:]
+
+
+def _chunks(base: Base, prompts: Sequence[list[int]], size: int) -> Iterator[list[int]]:
+    """Indices of prompts that run together. A recurrent state would run over left padding, so there equal lengths."""
+    order = list(range(len(prompts)))
+    groups = [order]
+    if base.layout == "flat":
+        order.sort(key=lambda i: len(prompts[i]))
+        groups = [list(g) for _, g in groupby(order, key=lambda i: len(prompts[i]))]
+    for group in groups:
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def _until_end(prompt: list[int], ids: list[int], end_ids: set[int]) -> Rollout:
+    end = next((i for i, token in enumerate(ids) if token in end_ids), None)
+    return Rollout(prompt, ids if end is None else ids[: end + 1], end is not None)

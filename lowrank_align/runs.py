@@ -1,0 +1,506 @@
+"""A run's folder: who may write in it, what is logged there, and the listing of all of them.
+
+One process at a time holds a run, through a lock on `.lock` that the operating system gives back when the process
+ends, however it ends. `run.json` tells how far the run got.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from lowrank_align.checkpoint import sealed_steps, write_atomic
+from lowrank_align.errors import EnvironmentProblem, UserError
+from lowrank_align.provenance import read_provenance
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+log = logging.getLogger(__name__)
+
+LOCK, STATE, CONFIG, METRICS, SAMPLES = ".lock", "run.json", "config.yaml", "metrics.jsonl", "samples.jsonl"
+SUBFOLDERS = ("adapter", "value", "checkpoints", "plots")
+OTHERS = ("provenance.json", "reward.json", "README.md", "bad_rows.jsonl")
+KNOWN_ENTRIES = {LOCK, STATE, CONFIG, METRICS, SAMPLES, *OTHERS, *SUBFOLDERS}
+STATES = ("running", "finished", "stopped")
+LOCK_BYTE = 2**30  # Windows locks bytes, not files: one far behind the text, so that the text stays readable
+LOCK_TRIES, LOCK_PAUSE_SECONDS = 5, 0.02  # a listing holds the lock for a moment while it looks
+LISTING_DEPTH = 3
+TAIL_BYTES = 2**16
+KEY_METRICS = {"objective/scores": "score", "rewards/accuracies": "accuracy", "eval_loss": "eval loss"}
+
+
+def open_run(path: Path, *, resume: bool, overwrite: bool, method: str = "") -> RunFolder:
+    """Take the folder `path` for a run of `method` and lock it; use the result in a `with`.
+
+    Raises UserError where the folder holds something and neither flag says what to do with it, where `overwrite`
+    would remove anything but a run, or where another process has it.
+    """
+    path = Path(path)
+    if resume and overwrite:
+        raise UserError(f"{path}: --resume and --overwrite exclude each other; choose one")
+    check_output(path, resume, overwrite)
+    created = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentProblem(f"{path}: cannot make the run's folder: {error.strerror}") from error
+    lock = FolderLock(path)
+    try:
+        check_output(path, resume, overwrite)  # again: it may have been filled before the lock was ours
+        if overwrite:
+            _refuse_running_inside(path)
+            _empty(path)
+        return RunFolder(path, lock, method, created)
+    except BaseException:
+        lock.release()
+        raise
+
+
+class RunFolder:
+    """A run's folder, locked for this process until the `with` ends or `close` is called."""
+
+    def __init__(self, path: Path, lock: FolderLock, method: str, created: bool) -> None:
+        self.path = path
+        self.adapter, self.value, self.checkpoints, self.plots = (path / name for name in SUBFOLDERS)
+        self._lock, self._created = lock, created
+        self._state = _read_state(path) or {"method": method, "started": _now(), "steps": 0, "summary": {}}
+        if not self.finished:
+            self._write_state(state="running", finished=None)
+
+    def log_metrics(self, step: int, values: dict[str, float]) -> None:
+        """Append one line to `metrics.jsonl`; NaN and infinities become null."""
+        self._append(METRICS, [{"step": step, **values}])
+        self._state["steps"] = step
+
+    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Append one line a sample to `samples.jsonl`."""
+        self._append(SAMPLES, [{"step": step, **sample} for sample in samples])
+
+    def truncate_metrics(self, step: int) -> None:
+        """On resume from `step`: drop what was logged after it, and a torn line, so that nothing is doubled."""
+        for name in (METRICS, SAMPLES):
+            if (self.path / name).exists():
+                kept = [line for line in read_metrics(self.path / name) if line["step"] <= step]
+                write_atomic(self.path / name, b"".join(_json_line(line) for line in kept))
+        self._write_state(steps=step)
+
+    def write_config(self, text: str) -> None:
+        """Save the resolved configuration."""
+        write_atomic(self.path / CONFIG, text)
+
+    def mark_finished(self, summary: dict[str, Any]) -> None:
+        """Note that the run is complete, with its last figures."""
+        self._write_state(state="finished", finished=_now(), summary=summary)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is complete, so that `--resume` has nothing to do."""
+        return self._state.get("state") == "finished"
+
+    def close(self) -> None:
+        """Note a run that is not complete as stopped, and unlock the folder."""
+        try:
+            if not self.finished:
+                self._write_state(state="stopped")
+        except EnvironmentProblem as problem:  # nothing is lost: an unlocked run that is not finished counts as stopped
+            log.warning("%s", problem)
+        finally:
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        entries = set(os.listdir(self.path)) if self.path.is_dir() else {LOCK}
+        if kind is not None and entries <= {LOCK, STATE}:  # it failed before it wrote anything: leave no trace
+            (self.path / STATE).unlink(missing_ok=True)
+            self._lock.release(remove=True)
+            if self._created:
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()
+        else:
+            self.close()
+
+    def _write_state(self, **changes: Any) -> None:
+        self._state |= changes
+        write_atomic(self.path / STATE, json.dumps(_finite(self._state), indent=2) + "\n")
+
+    def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
+        try:
+            with open(self.path / name, "ab") as file:
+                file.writelines(_json_line(line) for line in lines)
+        except OSError as error:
+            raise EnvironmentProblem(f"{self.path / name}: could not be written: {error.strerror}") from error
+
+
+class FolderLock:
+    """An exclusive lock on a folder's `.lock`, which holds the owner's pid and start. The lock is the system's, not the
+    file's being there: a file left by a killed process locks nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK
+        for attempt in range(LOCK_TRIES):
+            if self._take():
+                break
+            if attempt == LOCK_TRIES - 1:
+                raise UserError(
+                    f"{folder}: in use by another process ({_lock_owner(self.path)}); wait for it or stop it"
+                )
+            time.sleep(LOCK_PAUSE_SECONDS)
+        try:
+            self._file.truncate(0)
+            self._file.write(f"pid {os.getpid()}\nstarted {_now()}\n".encode())
+            self._file.flush()
+        except OSError as error:
+            self._file.close()
+            raise EnvironmentProblem(f"{self.path}: could not be written: {error.strerror}") from error
+
+    def _take(self) -> bool:
+        try:
+            self._file = open(self.path, "a+b")  # noqa: SIM115  held until release
+        except OSError as error:
+            raise EnvironmentProblem(f"{self.path}: cannot be written: {error.strerror}") from error
+        if _lock_file(self._file.fileno(), self.path):
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
+                    return True  # else its last owner deleted the run between our open and our lock
+        self._file.close()
+        return False
+
+    def release(self, remove: bool = False) -> None:
+        """Unlock; with `remove` the file goes too (on Windows only after closing, elsewhere before)."""
+        if sys.platform != "win32":
+            if remove:
+                self.path.unlink(missing_ok=True)
+            fcntl.flock(self._file.fileno(), fcntl.LOCK_UN)  # closing is not enough while a forked worker has a copy
+        self._file.close()
+        if remove and sys.platform == "win32":
+            self.path.unlink(missing_ok=True)
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process, of this machine or one that shares the disk, has the run open."""
+    try:
+        with open(folder / LOCK, "r+b") as file:
+            return not _lock_file(file.fileno(), folder / LOCK)
+    except (OSError, EnvironmentProblem):
+        return False
+
+
+def read_metrics(path: Path, tail_bytes: int | None = None) -> list[dict[str, Any]]:
+    """The objects of a `metrics.jsonl` or `samples.jsonl`, or of its last `tail_bytes`; a torn line is left out."""
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        if tail_bytes is not None and path.stat().st_size > tail_bytes:
+            file.seek(-tail_bytes, os.SEEK_END)
+            file.readline()
+        found = []
+        for line in file:
+            with contextlib.suppress(ValueError, RecursionError):
+                entry = json.loads(line)
+                if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                    found.append(entry)
+    return found
+
+
+@dataclass
+class RunInfo:
+    """One line of the listing. `state` is running, finished, stopped, or stopped (resumable)."""
+
+    path: Path
+    name: str
+    method: str
+    state: str
+    steps: int
+    created: str
+    disk_bytes: int
+    base: str
+    parent: str | None
+    metrics: dict[str, float]  # the last value of each
+
+    @property
+    def key_metric(self) -> tuple[str, float] | None:
+        """The one figure beside the loss that tells how such a run went."""
+        return next(((short, self.metrics[name]) for name, short in KEY_METRICS.items() if name in self.metrics), None)
+
+
+@dataclass
+class Comparison:
+    """What differs between runs: for each key, or metric, one value a run (None where a run has none)."""
+
+    names: list[str]
+    config: dict[str, list[Any]] = field(default_factory=dict)
+    metrics: dict[str, list[float | None]] = field(default_factory=dict)
+
+
+def list_runs(folder: Path) -> list[RunInfo]:
+    """The runs in `folder`, and in runs that hold others, by name."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; runs are where --out put them")
+    return [_info(path, folder) for path in sorted(_find_runs(folder))]
+
+
+def compare_runs(paths: list[Path]) -> Comparison:
+    """The configuration keys in which the runs differ, and the last value of every metric."""
+    from lowrank_align.config import read_yaml
+
+    for path in paths:
+        if not looks_like_run(path):
+            raise UserError(f"{path}: not a run's folder (no {STATE} or {CONFIG})")
+    configs = [read_yaml(path / CONFIG) if (path / CONFIG).exists() else {} for path in paths]
+    configs = [{"method": _info(path, path).method, **config} for path, config in zip(paths, configs, strict=True)]
+    metrics = [_last_metrics(path) for path in paths]
+    keys = sorted(set().union(*configs))
+    columns = {key: [config.get(key) for config in configs] for key in keys}
+    return Comparison(
+        [str(path) for path in paths],
+        {key: values for key, values in columns.items() if any(value != values[0] for value in values)},
+        {name: [one.get(name) for one in metrics] for name in sorted(set().union(*metrics))},
+    )
+
+
+def deletion_notice(path: Path) -> str:
+    """One line on what `delete_run` would remove and which runs started from it, to ask with; the same refusals."""
+    from rich.filesize import decimal
+
+    path = Path(path)
+    if not looks_like_run(path):
+        raise UserError(f"{path}: not a run's folder (no {STATE} or {CONFIG}); nothing is deleted")
+    _refuse_protected(path)
+    _refuse_running_inside(path, own_lock=False)
+    info = _info(path, path.parent)
+    children = [run.name for run in list_runs(path.parent) if run.parent and _same_run(run.parent, path)]
+    heirs = f"; {', '.join(children)} started from it" if children else ""
+    return f"{path}: {info.method or 'run'}, {info.state}, {info.steps} steps, {decimal(info.disk_bytes)}{heirs}"
+
+
+def delete_run(path: Path) -> str:
+    """Remove a run that no process has open. Returns the `deletion_notice` of what is gone."""
+    notice, path = deletion_notice(path), Path(path).resolve()
+    lock = FolderLock(path)
+    try:
+        _empty(path)
+    except BaseException:
+        lock.release()
+        raise
+    lock.release(remove=True)
+    path.rmdir()
+    return notice
+
+
+def print_runs(folder: Path, console: Console) -> None:
+    """The listing as a table."""
+    from rich.filesize import decimal
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("run", "method", "state", "steps", "loss", "metric", "disk", "created", "from"):
+        table.add_column(heading, justify="right" if heading in ("steps", "loss", "disk") else "left", overflow="fold")
+    runs = list_runs(folder)
+    for run in runs:
+        metric = f"{run.key_metric[0]} {run.key_metric[1]:.3g}" if run.key_metric else ""
+        loss = f"{run.metrics['loss']:.4f}" if "loss" in run.metrics else ""
+        created, origin = run.created[:16].replace("T", " "), run.parent or Path(run.base).name
+        cells = (
+            run.name,
+            run.method,
+            run.state,
+            str(run.steps),
+            loss,
+            metric,
+            decimal(run.disk_bytes),
+            created,
+            origin,
+        )
+        table.add_row(*map(escape, cells))
+    total = decimal(sum(run.disk_bytes for run in runs if not any(other.path in run.path.parents for other in runs)))
+    console.print(table if runs else f"{escape(str(folder))}: no runs")
+    if runs:
+        console.print(f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {total}")
+
+
+def print_comparison(a: Path, b: Path, console: Console) -> None:
+    """Two runs side by side: differing configuration, then the last metrics."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    comparison = compare_runs([Path(a), Path(b)])
+    for title, rows in (("configuration that differs", comparison.config), ("last metrics", comparison.metrics)):
+        table = Table("", *map(escape, comparison.names), title=title, title_justify="left", box=None, pad_edge=False)
+        for key, values in rows.items():
+            shown = ("-" if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for v in values)
+            table.add_row(escape(key), *map(escape, shown))
+        console.print(table if rows else f"{title}: none")
+
+
+def looks_like_run(path: Path) -> bool:
+    """A `run.json` of ours, or a `config.yaml` among nothing but what runs hold (other projects have one too)."""
+    if not path.is_dir():
+        return False
+    return _read_state(path) is not None or ((path / CONFIG).is_file() and set(os.listdir(path)) <= KNOWN_ENTRIES)
+
+
+def check_output(path: Path, resume: bool, overwrite: bool) -> None:
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file; name a folder with --out")
+    if not path.exists() or set(os.listdir(path)) <= {LOCK}:
+        return
+    if not resume and not overwrite:
+        raise UserError(f"{path}: exists and is not empty; --resume goes on with it, --overwrite replaces it")
+    if not looks_like_run(path):
+        raise UserError(f"{path}: holds files but is no run, so it is left alone; choose another --out")
+    if overwrite:
+        _refuse_protected(path)
+
+
+def _refuse_protected(path: Path) -> None:
+    real, here, home = path.resolve(), Path.cwd().resolve(), Path.home().resolve()
+    what = {
+        "the home folder or one above it": real == home or real in home.parents,
+        "the root of the disk": real == Path(real.anchor),
+        "the current folder or one above it": real == here or real in here.parents,
+        "a git checkout": (real / ".git").exists(),
+    }
+    for name, holds in what.items():
+        if holds:
+            raise UserError(f"{path}: is {name}, which is never removed; choose another folder")
+
+
+def _refuse_running_inside(path: Path, own_lock: bool = True) -> None:
+    """A run that holds others (as `demo` does) stays while a process works in one of them."""
+    for lock in path.rglob(LOCK):
+        if not (own_lock and lock.parent == path) and is_running(lock.parent):
+            raise UserError(f"{lock.parent}: in use by another process ({_lock_owner(lock)}); wait for it or stop it")
+
+
+def _empty(path: Path) -> None:
+    """Remove everything but the lock, and what shows that this is a run last, should a kill come between."""
+    try:
+        for entry in sorted(path.iterdir(), key=lambda entry: (entry.name == STATE, entry.name == CONFIG)):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK:
+                entry.unlink()
+    except OSError as error:
+        raise EnvironmentProblem(f"{error.filename or path}: could not be removed: {error.strerror}") from error
+
+
+def _lock_file(descriptor: int, path: Path) -> bool:
+    """Take the lock if it is free."""
+    try:
+        if sys.platform == "win32":
+            os.lseek(descriptor, LOCK_BYTE, os.SEEK_SET)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        raise EnvironmentProblem(f"{path}: this disk has no file locks ({error.strerror}); use a local one") from error
+    return True
+
+
+def _lock_owner(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return ", ".join(path.read_text(errors="replace").split("\n")[:2]).strip(", ") or "starting"
+    return "pid unknown"
+
+
+def _find_runs(folder: Path, depth: int = LISTING_DEPTH) -> Iterator[Path]:
+    is_run = looks_like_run(folder)
+    if is_run:
+        yield folder
+    if depth:
+        for entry in folder.iterdir():
+            hidden = entry.name.startswith(".") or (is_run and entry.name in SUBFOLDERS)
+            if entry.is_dir() and not entry.is_symlink() and not hidden:
+                yield from _find_runs(entry, depth - 1)
+
+
+def _info(path: Path, folder: Path) -> RunInfo:
+    state, provenance, metrics = _read_state(path) or {}, {}, _last_metrics(path)
+    with contextlib.suppress(UserError):
+        provenance = read_provenance(path) or {}
+    if is_running(path):
+        shown = "running"
+    elif state.get("state") == "finished":
+        shown = "finished"
+    else:
+        shown = "stopped (resumable)" if sealed_steps(path / "checkpoints") else "stopped"
+    files = [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
+    created = state.get("started") or datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
+    parent = provenance.get("parent")
+    return RunInfo(
+        path=path,
+        name=path.name if path == folder else str(path.relative_to(folder)),
+        method=state.get("method") or provenance.get("method") or "",
+        state=shown,
+        steps=max(state.get("steps") or 0, int(metrics.pop("step", 0))),
+        created=created,
+        disk_bytes=sum(file.stat().st_size for file in files),
+        base=provenance.get("base") or "",
+        parent=parent.get("run") if isinstance(parent, dict) else None,
+        metrics=metrics,
+    )
+
+
+def _last_metrics(path: Path) -> dict[str, float]:
+    last: dict[str, float] = {}
+    for line in read_metrics(path / METRICS, TAIL_BYTES):
+        last |= {name: value for name, value in line.items() if isinstance(value, (int, float))}
+    return last
+
+
+def _same_run(named: str, path: Path) -> bool:
+    """Whether a provenance's parent, given from the current folder or from beside the run, is `path`."""
+    return path.resolve() in (Path(named).resolve(), (path.parent / named).resolve())
+
+
+def _read_state(path: Path) -> dict[str, Any] | None:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        state = json.loads((path / STATE).read_bytes())
+        if isinstance(state, dict) and state.get("state") in STATES:
+            return state
+    return None
+
+
+def _json_line(entry: dict[str, Any]) -> bytes:
+    text = json.dumps(_finite(entry), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace") + b"\n"  # half a surrogate pair becomes its JSON escape
+
+
+def _finite(value: Any) -> Any:
+    """The value as JSON can hold it: non-finite floats as null, numpy's and torch's numbers as Python's."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

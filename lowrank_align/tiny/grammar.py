@@ -1,0 +1,221 @@
+"""A small grammar of reviews whose sentiment a program reads off exactly.
+
+    Review: The new French film was very charming, but the plot felt dull. The music was fine. I might see it again.
+
+A review names its subject, judges it and two to three of its parts, and ends with a verdict. Every judgement is worth
+-3 to 3: the adjective (or verdict) gives the sign, the degree the size ("somewhat" 1, none 2, "very" 3). The exact
+score is the mean over the judgements; a text that the grammar cannot produce scores below the worst review.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+from lowrank_align.errors import UserError
+
+MALFORMED_SCORE = -4.0  # below -3, the worst review: a policy that leaves the grammar shows at once
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What a review can be about, the parts it may judge, and how a verdict says "once more"."""
+
+    subjects: tuple[str, ...]
+    aspects: tuple[str, ...]
+    once_more: str
+
+
+def _domain(subjects: str, aspects: str, once_more: str) -> Domain:
+    return Domain(tuple(subjects.split()), tuple(aspects.split()), once_more)
+
+
+DOMAINS = (
+    _domain("film movie comedy", "acting plot music ending dialogue camerawork pacing", "see it again"),
+    _domain("book novel thriller", "plot prose ending dialogue opening cover pacing", "read it again"),
+    _domain("restaurant bistro diner", "food service wine menu bread dessert coffee", "eat there again"),
+    _domain("hotel inn hostel", "room bed breakfast lobby view service pool", "stay there again"),
+    _domain("album record song", "singing melody rhythm guitar bass drumming cover", "hear it again"),
+    _domain("game sequel adventure", "story design music combat pacing ending interface", "play it again"),
+    _domain("phone laptop camera", "screen battery sound design keyboard price software", "buy it again"),
+    _domain("concert opera musical", "singing orchestra lighting sound staging hall opening", "attend it again"),
+)
+DETERMINERS = ("The", "This")
+AGES = ("", "new", "old", "latest", "first", "second", "famous", "little", "popular")
+ORIGINS = ("", "French", "Danish", "Italian", "Spanish", "Korean", "Irish", "Polish")
+VERBS = ("was", "felt", "seemed")
+POSITIVE = (
+    "good charming lovely delightful impressive pleasant memorable clever "
+    "elegant superb wonderful excellent fine brilliant splendid enjoyable"
+).split()
+NEGATIVE = (
+    "bad dull weak poor disappointing boring clumsy tiresome "
+    "dreadful awful terrible annoying mediocre unpleasant forgettable shoddy"
+).split()
+DEGREES = {"": 2, "somewhat": 1, "rather": 1, "fairly": 1, "very": 3, "truly": 3, "really": 3}
+JOINTS = ("and", "while")
+VERDICTS = {
+    3: "I would gladly",
+    2: "I would",
+    1: "I might",
+    -1: "I might not",
+    -2: "I would not",
+    -3: "I would never",
+}
+SHAPES = ((2,), (1, 1), (1, 2), (2, 1), (2, 2))  # judgements in each sentence before the verdict
+QUESTIONS = (
+    "What did you think of the {}?",
+    "How was the {}?",
+    "Tell me about the {}.",
+    "Please review the {}.",
+    "Did you like the {}?",
+)
+
+
+def exact_score(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """The sentiment of each review `prompt + completion`: the mean of its judgements, in [-3, 3].
+
+    `MALFORMED_SCORE` where the text is anything but one whole review: empty, cut off, repeating a part or an adjective,
+    speaking of another subject's parts. A heading in the prompt ("Review:", or the
+    turns of a conversation up to "Assistant:") is not part of the review.
+    """
+    scores = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        values = judgements(_HEADING.sub("", prompt, count=1) + completion)
+        scores.append(sum(values) / len(values) if values else MALFORMED_SCORE)
+    return scores
+
+
+def prompts(count: int, seed: int) -> list[str]:
+    """`count` distinct beginnings, such as `"Review: The new film was"`, out of more than ten thousand.
+
+    Two seeds draw independently: a hundred prompts of each share about one.
+    """
+    return [f"Review: {opening}" for _, opening in _draw_openings(count, random.Random(seed))]
+
+
+def demonstrations(count: int, seed: int, positivity: float = 0.6) -> list[dict[str, str]]:
+    """`{"prompt", "completion"}` rows written by the grammar, `positivity` of whose judgements are positive on average."""
+    rng = random.Random(seed)
+    return [
+        {
+            "prompt": f"Review: {opening}",
+            "completion": _write_rest(domain, rng.betavariate(4 * positivity, 4 * (1 - positivity)), rng),
+        }
+        for domain, opening in _draw_openings(count, rng)
+    ]
+
+
+def pretraining_text(rng: random.Random, chat_share: float) -> str:
+    """One text of balanced mood: a review with its heading or, with probability `chat_share`, as an answer to a user."""
+    domain, opening = rng.choice(_openings())
+    rest = _write_rest(domain, rng.random(), rng)
+    if rng.random() >= chat_share:
+        return f"Review: {opening}{rest}"
+    topic = opening.partition(" ")[2].rpartition(" ")[0]
+    question = rng.choice(QUESTIONS).format(topic) if rng.random() < 0.7 else _gibberish(rng)
+    return f"User: {question}\nAssistant: {opening}{rest}"
+
+
+def judgements(review: str) -> list[int] | None:
+    """The value of every judgement of one whole review (without heading), or None where the grammar cannot produce it."""
+    *sentences, verdict = review.strip().split(". ")
+    clauses = [re.split(rf", ({_one_of(JOINTS)}) ", sentence) for sentence in sentences]
+    if tuple(len(parts[::2]) for parts in clauses) not in SHAPES:
+        return None
+    first = _OPENING_CLAUSE.fullmatch(clauses[0][0])
+    domain = first and _domain_of(first["noun"])
+    if not first or not domain or verdict not in (verdicts := _verdicts(domain)):
+        return None
+
+    matches = [first]
+    for parts in clauses:
+        for i in range(0, len(parts), 2):
+            if parts is clauses[0] and i == 0:
+                continue
+            clause = _ASPECT_CLAUSE.fullmatch(parts[i])
+            if not clause or clause["noun"] not in domain.aspects or (clause["article"] == "The") != (i == 0):
+                return None
+            matches.append(clause)
+    for group in ("noun", "adjective"):
+        if len({match[group] for match in matches}) < len(matches):
+            return None
+    return [*map(_value, matches), verdicts[verdict]]
+
+
+def vocabulary() -> list[str]:
+    """Every piece of text that deserves a token of its own, leading space included, in a fixed order."""
+    running_text = [*DETERMINERS, *AGES, *ORIGINS, *VERBS, *POSITIVE, *NEGATIVE, *DEGREES, *JOINTS, *VERDICTS.values(), *QUESTIONS]
+    for domain in DOMAINS:
+        running_text += [*domain.subjects, *domain.aspects, domain.once_more]
+    words = set(re.findall(r"\w+", " ".join([*running_text, "the"])))
+    text_starts = ["Review", "User", "Assistant", "System", "The", "This"]
+    return [*text_starts, *" \n.,:?!", *(f" {word}" for word in sorted(words))]
+
+
+def _write_rest(domain: Domain, mood: float, rng: random.Random) -> str:
+    """A review's text after its opening, each judgement positive with probability `mood`."""
+    shape = rng.choice(SHAPES)
+    good, bad = rng.sample(POSITIVE, sum(shape)), rng.sample(NEGATIVE, sum(shape))
+    aspects = rng.sample(domain.aspects, sum(shape))
+    text, written = "", 0
+    for clauses in shape:
+        for i in range(clauses):
+            positive = rng.random() < mood
+            if written > 0:
+                start = ". The" if i == 0 else f", {rng.choice(JOINTS)} the"
+                text += f"{start} {aspects[written]} {rng.choice(VERBS)}"
+            degree = "" if rng.random() < 0.5 else rng.choice([d for d in DEGREES if d])
+            text += f" {degree}" * bool(degree) + f" {(good if positive else bad)[written]}"
+            written += 1
+    sign = 1 if rng.random() < mood else -1
+    return f"{text}. {VERDICTS[sign * rng.choice((1, 2, 2, 3))]} {domain.once_more}."
+
+
+def _draw_openings(count: int, rng: random.Random) -> list[tuple[Domain, str]]:
+    openings = _openings()
+    if count > len(openings):
+        raise UserError(f"tiny: {count} prompts asked for, the grammar has {len(openings)}: ask for fewer")
+    return rng.sample(openings, count)
+
+
+@cache
+def _openings() -> tuple[tuple[Domain, str], ...]:
+    return tuple(
+        (domain, " ".join(word for word in (determiner, age, origin, subject, verb) if word))
+        for domain in DOMAINS
+        for determiner, age, origin, subject, verb in product(DETERMINERS, AGES, ORIGINS, domain.subjects, VERBS)
+    )
+
+
+def _gibberish(rng: random.Random) -> str:
+    """A user may type anything: a few words that the grammar does not know."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return " ".join("".join(rng.choices(letters, k=rng.randint(2, 6))) for _ in range(rng.randint(1, 4)))
+
+
+def _value(clause: re.Match[str]) -> int:
+    size = DEGREES[clause["degree"] or ""]
+    return size if clause["adjective"] in POSITIVE else -size
+
+
+def _domain_of(subject: str) -> Domain | None:
+    return next((domain for domain in DOMAINS if subject in domain.subjects), None)
+
+
+def _verdicts(domain: Domain) -> dict[str, int]:
+    return {f"{verdict} {domain.once_more}.": value for value, verdict in VERDICTS.items()}
+
+
+def _one_of(words: Sequence[str]) -> str:
+    return "|".join(word for word in words if word)
+
+
+_HEADING = re.compile(r"^.*(?:Review|Assistant):", re.DOTALL)
+_JUDGEMENT = rf"(?:{_one_of(VERBS)})(?: (?P<degree>{_one_of(list(DEGREES))}))? (?P<adjective>{_one_of(POSITIVE + NEGATIVE)})"
+_OPENING_CLAUSE = re.compile(
+    rf"(?:{_one_of(DETERMINERS)})(?: (?:{_one_of(AGES)}))?(?: (?:{_one_of(ORIGINS)}))? (?P<noun>\w+) {_JUDGEMENT}"
+)
+_ASPECT_CLAUSE = re.compile(rf"(?P<article>[Tt]he) (?P<noun>\w+) {_JUDGEMENT}")

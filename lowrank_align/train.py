@@ -1,0 +1,293 @@
+"""From settings and files to a finished run: check everything, load, train, save.
+
+    base = Base.load("tiny")
+    train("dpo", base=base, model="tiny", data="pairs.jsonl", out="runs/dpo", max_steps=50)
+"""
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from lowrank_align import adapters
+from lowrank_align.base import Base
+from lowrank_align.config import METHODS, TrainSettings, read_yaml, resolve, to_yaml
+from lowrank_align.data.chat import Renderer
+from lowrank_align.data.formats import Row
+from lowrank_align.data.load import Loaded, load_rows, split_off
+from lowrank_align.errors import EnvironmentProblem, UserError, nearest
+from lowrank_align.loading import model_folder, pick_device
+from lowrank_align.loop import Loop
+from lowrank_align.methods import method_class
+from lowrank_align.methods.method import Method
+from lowrank_align.plots import plot_metrics
+from lowrank_align.progress import Progress
+from lowrank_align.provenance import folder_sha256, model_card, weights_hash, write_provenance
+from lowrank_align.rewards import is_function, load_function
+from lowrank_align.runs import RunFolder, check_output, open_run
+from lowrank_align.stopping import StopSignals
+from lowrank_align.trees import TreeRow
+
+log = logging.getLogger(__name__)
+
+ROOM_BYTES = 64 * 2**20  # below this much free disk no run is begun
+
+# What may differ between a run and its resumption: nothing that changes which numbers come out, but for how far it goes.
+RESUMABLE_CHANGES = {
+    "max_steps", "epochs", "micro_batch_size", "rollout_batch_size", "log_steps", "eval_steps", "sample_steps",
+    "sample_tokens", "save_steps", "keep_checkpoints", "report_to", "device", "early_stopping", "out",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended: its folder, its steps and its last figures."""
+
+    run: Path
+    steps: int
+    figures: dict[str, float]
+
+
+def train(
+    method: str | TrainSettings,
+    *,
+    base: Base | None = None,
+    progress: Progress | None = None,
+    stop: StopSignals | None = None,
+    **knobs: Any,
+) -> Summary:
+    """Run a method ("sft", "reward", "dpo", "ppo", or its resolved settings) to the end and save the run.
+
+    `knobs` are the settings of `config.py`. With `base`, its weights serve this run too, and the trained role stays on it.
+    Everything that a user can have got wrong is checked before a model is loaded, and raises UserError.
+    """
+    settings = method if isinstance(method, TrainSettings) else _settings(method, base, knobs)
+    progress = progress or Progress()
+    out = Path(settings.out)
+    check_output(out, resume=settings.resume, overwrite=settings.overwrite)
+    finished = _finished_before(out) if settings.resume else None
+    if finished is not None:
+        progress.note(f"{out}: finished already at step {finished.steps}")
+        return finished
+    _check_machine(settings, out)
+    _check_adapters(settings)
+    with tempfile.TemporaryDirectory() as scratch:
+        bad_rows = Path(scratch) / "bad_rows.jsonl"
+        data = read_data(settings, bad_rows if settings.skip_bad else None, progress)
+        _check_resumable(settings, out, data.sha256)
+        base = base or Base.load(
+            settings.model,
+            quantize=settings.quantize,
+            device=settings.device,
+            dtype=settings.dtype,
+            attention=settings.attention,
+        )
+        trainer = prepare(settings, base, progress)
+        rows, dropped = render(trainer, data.rows, progress)
+        eval_rows, _ = render(trainer, data.eval_rows, progress) if data.eval_rows else ([], [])
+        trainer.add_roles()
+        with stop or StopSignals() as stopping, open_run(
+            out, resume=settings.resume, overwrite=settings.overwrite, method=settings.method
+        ) as run:  # fmt: skip
+            _write_down(run, settings, dropped, bad_rows)
+            return _run(trainer, rows, eval_rows, run, data.sha256, progress, stopping)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A run's rows as they came from the files."""
+
+    rows: list[Row]
+    eval_rows: list[Row]
+    sha256: str
+
+
+def read_data(settings: TrainSettings, bad_rows: Path | None, progress: Progress) -> Data:
+    """Load and check the training and held-out rows; nothing is tokenised yet."""
+    shapes = method_class(settings.method).shapes
+    loaded = load_rows(settings.rows, expect=shapes, skip_bad=bad_rows)
+    _tell(loaded, settings.rows, progress)
+    if settings.eval_data is not None:
+        held_out = load_rows(settings.eval_data, expect=shapes)
+        _tell(held_out, settings.eval_data, progress)
+        return Data(loaded.rows, held_out.rows, loaded.sha256)
+    if settings.eval_rows:
+        train_rows, eval_rows = split_off(loaded.rows, settings.eval_rows, settings.seed)
+        return Data(train_rows, eval_rows, loaded.sha256)
+    return Data(loaded.rows, [], loaded.sha256)
+
+
+def prepare(settings: TrainSettings, base: Base, progress: Progress) -> Method[Any, Any]:
+    """The method on its base, with the renderer for its rows; the roles are not there yet."""
+    if settings.max_length > base.context_tokens:
+        progress.note(f"max_length: {settings.max_length} is over the model's context; taken as {base.context_tokens}")
+    renderer = Renderer(
+        base.tokenizer,
+        chat_template=settings.chat_template,
+        train_on=settings.train_on,
+        max_length=min(settings.max_length, base.context_tokens),
+    )
+    base.enable_checkpointing(settings.gradient_checkpointing)
+    return method_class(settings.method)(base, settings, renderer)
+
+
+def render(method: Method[Any, Any], rows: Sequence[Row], progress: Progress) -> tuple[list[TreeRow], list[dict[str, str]]]:
+    """Tokenise the rows; what is cut or dropped is counted, listed, and an error only when nothing remains."""
+    kept: list[TreeRow] = []
+    dropped: list[dict[str, str]] = []
+    cut_rows = cut_tokens = 0
+    for row in rows:
+        rendered = method.render(row)
+        if rendered.tree is None:
+            dropped.append({"where": row.where, "reason": rendered.dropped})
+            continue
+        kept.append(rendered.tree)
+        cut_rows += rendered.truncated_tokens > 0
+        cut_tokens += rendered.truncated_tokens
+    if not kept:
+        first = f"{dropped[0]['where']}: {dropped[0]['reason']}" if dropped else "no rows"
+        raise UserError(f"no row is left to train on; raise --max-length or shorten the prompts (first: {first})")
+    if cut_rows:
+        progress.note(f"{cut_rows} of {len(rows)} rows cut at max_length {method.renderer.max_length} ({cut_tokens} tokens)")
+    if dropped:
+        example = f"{dropped[0]['where']}: {dropped[0]['reason']}"
+        progress.note(f"{len(dropped)} of {len(rows)} rows dropped, listed in dropped_rows.jsonl (first: {example})")
+    return kept, dropped
+
+
+def _run(
+    method: Method[Any, Any],
+    rows: list[TreeRow],
+    eval_rows: list[TreeRow],
+    run: RunFolder,
+    data_hash: str,
+    progress: Progress,
+    stop: StopSignals,
+) -> Summary:
+    loop = Loop(method, rows, eval_rows, run, progress, stop)
+    provenance = _provenance(method, data_hash)
+    write_provenance(run.path, **provenance)
+    try:
+        figures = loop.run()
+    finally:
+        progress.close()
+    figures |= method.finish(rows)
+    provenance["adapter_hash"] = method.save(run)
+    record = write_provenance(run.path, **provenance)
+    plots = plot_metrics(run.path / "metrics.jsonl", run.plots)
+    (run.path / "README.md").write_text(model_card(record, figures, run.path.name), encoding="utf-8")
+    run.mark_finished(figures)
+    _print_end(method, run, loop, figures, plots, progress)
+    return Summary(run.path, loop.total_steps, figures)
+
+
+def _settings(method: str, base: Base | None, knobs: dict[str, Any]) -> TrainSettings:
+    if method not in METHODS:
+        raise UserError(f"{method}: no such method{nearest(method, METHODS)} (there are: {', '.join(METHODS)})")
+    if base is not None:
+        knobs.setdefault("model", base.name)
+    return resolve(METHODS[method], knobs)
+
+
+def _check_machine(settings: TrainSettings, out: Path) -> None:
+    """The device that was asked for, and room on the disk, before anything takes time."""
+    device = pick_device(settings.device)
+    if settings.optimizer != "adamw" and device.type != "cuda":
+        raise EnvironmentProblem(f"--optimizer {settings.optimizer} needs a CUDA GPU; use adamw")
+    folder = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(folder).free
+    if free < ROOM_BYTES:
+        raise EnvironmentProblem(f"{out}: only {free / 1e6:.0f} MB free on its disk; a run needs {ROOM_BYTES / 1e6:.0f} MB")
+
+
+def _check_adapters(settings: TrainSettings) -> None:
+    """The model's folder, and that the adapters named fit it; only file names and headers are read."""
+    folder = model_folder(settings.model)
+    given: list[tuple[str, adapters.Kind | None]] = []
+    if settings.adapter is not None:
+        given.append((settings.adapter, None if settings.method == "reward" else "policy"))
+    reward = getattr(settings, "reward", None)
+    if reward is not None and is_function(reward):
+        load_function(reward)
+    elif reward is not None:
+        given.append((reward, "reward"))
+    for start, kind in given:
+        adapters.check_before_load(start, kind, settings.model, weights_hash(folder), AutoConfig.from_pretrained(folder))
+
+
+def _check_resumable(settings: TrainSettings, out: Path, data_hash: str) -> None:
+    """A resumed run must be the same run: same data, same knobs but for those that only say how far and how often."""
+    if not settings.resume or not (out / "config.yaml").is_file():
+        return
+    before = read_yaml(out / "config.yaml")
+    now = settings.model_dump()
+    for name in sorted(before.keys() - RESUMABLE_CHANGES):
+        if name in now and now[name] != before[name]:
+            raise UserError(f"--resume: {name} is {now[name]!r} here but {before[name]!r} in {out}; use the run's, or a new --out")
+    record = out / "provenance.json"
+    known = json.loads(record.read_text()).get("data_hash") if record.is_file() else None
+    if known not in (None, data_hash):
+        raise UserError(f"--resume: {settings.rows} has changed since {out} began; put it back, or use a new --out")
+
+
+def _finished_before(out: Path) -> Summary | None:
+    state = out / "run.json"
+    if not state.is_file():
+        return None
+    found = json.loads(state.read_text())
+    if found.get("state") != "finished":
+        return None
+    return Summary(out, int(found.get("steps", 0)), found.get("summary", {}))
+
+
+def _write_down(run: RunFolder, settings: TrainSettings, dropped: list[dict[str, str]], bad_rows: Path) -> None:
+    run.write_config(to_yaml(settings))
+    if bad_rows.is_file():
+        shutil.copyfile(bad_rows, run.path / bad_rows.name)
+    if dropped:
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in dropped)
+        (run.path / "dropped_rows.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _provenance(method: Method[Any, Any], data_hash: str) -> dict[str, Any]:
+    base, s = method.base, method.settings
+    tokenizer_files = [base.path / name for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")]
+    parent = None
+    if s.adapter is not None:
+        folder = adapters.locate(s.adapter)
+        parent = {"run": s.adapter, "adapter_hash": folder_sha256([folder / adapters.WEIGHTS])}
+    return {
+        "base": base.name,
+        "base_hash": base.weights_hash,
+        "method": s.method,
+        "tokenizer_hash": folder_sha256([f for f in tokenizer_files if f.is_file()]),
+        "template_hash": method.renderer.template_hash(),
+        "data_hash": data_hash,
+        "parent": parent,
+        "config": s.model_dump(),
+    }
+
+
+def _tell(loaded: Loaded, source: str, progress: Progress) -> None:
+    for name, count in loaded.conversions.items():
+        progress.note(f"{source}: {count} rows read as {name}")
+    if loaded.skipped:
+        progress.note(f"{source}: {loaded.skipped} bad rows set aside in bad_rows.jsonl")
+
+
+def _print_end(
+    method: Method[Any, Any], run: RunFolder, loop: Loop, figures: dict[str, float], plots: list[Path], progress: Progress
+) -> None:
+    if progress.quiet:
+        return
+    shown = [name for name in figures if name not in ("seconds", "learning_rate", "skipped", "grad_norm")]
+    progress.note(f"{run.path}: {method.settings.method} done, {loop.total_steps} steps")
+    for name in shown:
+        progress.note(f"  {name:<28} {figures[name]:.4g}")
+    progress.note(f"  adapter {run.adapter}, curves {run.plots} ({len(plots)} pictures)")
