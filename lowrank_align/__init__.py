@@ -3,6 +3,7 @@
 `Base` and `train` load torch, so they are looked up on first use: `import lowrank_align` itself takes no time.
 """
 
+import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lowrank_align.base import Base
     from lowrank_align.train import train
+
+# On CPU, torch and bitsandbytes bring an OpenMP runtime each, whose waiting threads spin and steal each other's cores:
+# NF4 training is up to ten times slower then (docs/log.md). Read once, when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 __all__ = ["Base", "__version__", "train"]

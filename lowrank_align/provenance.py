@@ -45,6 +45,7 @@ class Provenance:
     template_hash: str | None = None
     data_hash: str | None = None
     parent: dict[str, str] | None = None
+    adapter_hash: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str | None] = field(default_factory=lambda: versions())
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))

@@ -397,7 +397,7 @@ def _refuse_running_inside(path: Path, own_lock: bool = True) -> None:
 def _empty(path: Path) -> None:
     """Remove everything but the lock, and what shows that this is a run last, should a kill come between."""
     try:
-        for entry in sorted(path.iterdir(), key=lambda entry: (entry.name == STATE, entry.name == CONFIG)):
+        for entry in sorted(path.iterdir(), key=lambda entry: (entry.name == STATE, entry.name == CONFIG, entry.name)):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             elif entry.name != LOCK:

@@ -16,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see lowrank_align/__init__.py
 
 # Same examples in every run, and no deadline: a slow machine is no defect.
 settings.register_profile("repeatable", deadline=None, derandomize=True)

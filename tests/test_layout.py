@@ -27,7 +27,7 @@ LAYERS: dict[str, list[str]] = {
     "methods": ["methods"],
     "training": ["loop", "train"],
     "evaluation": ["evaluate"],
-    "programs": ["cli", "apps", "__main__"],
+    "programs": ["commands", "cli", "apps", "__main__"],
 }
 FACADE = ""
 METHODS_IN_COMMON = {"methods", "methods.method"}  # the registry and the base class: every method may know these

@@ -334,7 +334,7 @@ def test_truncating_to_the_start_empties_the_logs_and_makes_none(tmp_path: Path)
 
 
 def test_reading_the_tail_starts_at_a_whole_line(tmp_path: Path) -> None:
-    r"""Four lines of 12 bytes `{"step": 1}\n`. The last 30 bytes begin within the second: the third and fourth are read."""
+    r"""Four lines of 12 bytes `{"step": 1}\n`. The last 30 bytes begin within the second: two are read."""
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(f'{{"step": {n}}}\n' for n in (1, 2, 3, 4)))
     assert [line["step"] for line in read_metrics(file, tail_bytes=30)] == [3, 4]
@@ -436,7 +436,7 @@ def test_comparing_shows_what_differs_and_the_last_figures(tmp_path: Path) -> No
 
 
 def test_deleting_tells_what_goes_and_who_came_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parents may be given in full, from the current folder or from beside the run; a namesake elsewhere is no child."""
+    """A parent is given in full, from the current folder or from beside the run; a namesake elsewhere is no child."""
     sft = finished_run(tmp_path / "runs" / "sft", "sft", loss=1.0)
     monkeypatch.chdir(tmp_path)
     named = {"a": str(sft), "b": "runs/sft", "c": "sft", "d": "other/sft", "e": None}
@@ -462,11 +462,17 @@ def test_only_runs_are_deleted(tmp_path: Path) -> None:
     assert (tmp_path / "papers" / "a.pdf").exists()
 
 
+def test_the_listing_needs_no_torch() -> None:
+    code = "import sys, lowrank_align.runs, lowrank_align.plots; print('torch' in sys.modules)"
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert child.stdout == "False\n", child.stderr
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be removed on Windows")
 def test_a_lock_on_a_file_that_was_removed_meanwhile_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between our opening `.lock` and locking it, its last owner deletes it: the lock must end up on the file there is."""
+    """Between our opening `.lock` and locking it, its last owner deletes it: the lock ends up on the file there is."""
     take, removed = runs._lock_file, []
 
     def removed_before(descriptor: int, path: Path) -> bool:

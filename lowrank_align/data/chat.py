@@ -176,7 +176,8 @@ class Renderer:
 
     def _text(self, row: Row) -> tuple[int, list[Completion], tuple[str, ...]]:
         """Prompt length in tokens, and each completion behind the prompt, of a row of text."""
-        prompt, notes = str(row.prompt), ()
+        prompt = str(row.prompt)
+        notes: tuple[str, ...] = ()
         whole = [self._encoder.text(prompt + str(completion)) for completion in row.completions]
         if row.prompt:
             alone = self._encoder.prompt(prompt)

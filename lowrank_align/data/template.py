@@ -11,7 +11,6 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,9 +47,14 @@ The generation prompt is `Assistant:` without a space: the space belongs to the 
 in generation alike.
 """
 
-# Templates that print today's date would make a resumed run differ from an uninterrupted one. This is the date that
-# Llama 3.1's template falls back to; a row's `chat_template_kwargs` can set `date_string`.
-TEMPLATE_DATE = date(2024, 7, 26)
+# Templates that print today's date would make a resumed run differ from an uninterrupted one. All of them get the date
+# that Llama 3's templates fall back to; a row's `chat_template_kwargs` can set `date_string` where a template reads it.
+_DATE = {"%d": "26", "%-d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday"}
+_FIXED_DATE = (
+    "{%- macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('{code}', '{value}')" for code, value in _DATE.items())
+    + " }}{%- endmacro %}"
+)
 
 _ASKED, _ANSWERED, _ASKED_AGAIN = "Qzxa", "Qzxb", "Qzxc"  # contents that no template writes by itself
 
@@ -89,27 +93,15 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], kwargs: Mapping[str, Any], *, open_turn: bool = False) -> str:
         """The conversation as text; with `open_turn` ready for the assistant's answer. Raises `UserError`."""
-        contents: list[dict[str, Any]] = [dict(message) for message in messages]
-        if self._as_parts:
-            contents = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in contents]
-        template = self._for_tools if self._for_tools and kwargs.get("tools") else self.text
         try:
-            rendered = self._tokenizer.apply_chat_template(
-                contents,
-                chat_template=template,
-                add_generation_prompt=open_turn,
-                tokenize=False,
-                **{"strftime_now": TEMPLATE_DATE.strftime, **kwargs},
-            )
+            return str(self._apply(messages, kwargs, add_generation_prompt=open_turn, tokenize=False))
         except Exception as error:  # a template is a program of somebody else's: it can raise anything
             raise UserError(f"the chat template refuses this conversation ({' '.join(str(error).split())})") from None
-        return str(rendered)
 
     def turns(self, messages: Sequence[Message], kwargs: Mapping[str, Any], first: int) -> Turns:
         """Renders the conversation and finds the assistant's turns from message `first` on."""
         text = self.render(messages, kwargs)
         found = Turns(text, {}, self._left_out(text, messages))
-        marks = self._marks(messages, kwargs, text) if self._has_marks else {}
         for i in range(first, len(messages)):
             if messages[i]["role"] != "assistant":
                 continue
@@ -119,15 +111,26 @@ class ChatTemplate:
             start = self._start(text, messages, kwargs, i)
             if start is None:
                 found.notes.append("the generation prompt is not what the template prints before an answer")
-                start = marks[i][0] if i in marks else self._content_start(text, messages, kwargs, i)
+                mark = self._marks(messages, kwargs).get(i)
+                start = mark[0] if mark else self._content_start(text, messages, kwargs, i)
             end = self._end(text, messages, kwargs, i, start or 0)
-            if end is None and i in marks:
-                end = marks[i][0] + len(text[slice(*marks[i])].rstrip())
+            if end is None and (mark := self._marks(messages, kwargs).get(i)):
+                end = mark[0] + len(text[slice(*mark)].rstrip())
             if start is None or end is None or start >= end:
                 found.notes.append("the template does not show where one of the answers stands; it is not trained")
                 continue
             found.spans[i] = (start, end)
         return found
+
+    def _apply(self, messages: Sequence[Message], kwargs: Mapping[str, Any], **options: Any) -> Any:
+        """The tokenizer's own `apply_chat_template` with the template for this row."""
+        contents: list[dict[str, Any]] = [dict(message) for message in messages]
+        if self._as_parts:
+            contents = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in contents]
+        template = self._for_tools if self._for_tools and kwargs.get("tools") else self.text
+        if "strftime_now" in template:
+            template = _FIXED_DATE + template
+        return self._tokenizer.apply_chat_template(contents, chat_template=template, **options, **kwargs)
 
     def _start(self, text: str, messages: Sequence[Message], kwargs: Mapping[str, Any], i: int) -> int | None:
         """Where turn i begins, if the text before it is what the model gets when it has to write that turn."""
@@ -165,17 +168,12 @@ class ChatTemplate:
         length = min(len(text), len(changed_text))
         return next((at for at in range(length) if text[at] != changed_text[at]), length)
 
-    def _marks(self, messages: Sequence[Message], kwargs: Mapping[str, Any], text: str) -> dict[int, tuple[int, int]]:
+    def _marks(self, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> dict[int, tuple[int, int]]:
         """The characters inside the template's `{% generation %}` blocks, by message; none if they do not match up."""
-        out = self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            chat_template=self.text,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-            **{"strftime_now": TEMPLATE_DATE.strftime, **kwargs},
-        )
+        if not self._has_marks:
+            return {}
+        asked_for = {"return_assistant_tokens_mask": True, "tokenizer_kwargs": {"return_offsets_mapping": True}}
+        out = self._apply(messages, kwargs, tokenize=True, return_dict=True, **asked_for)
         spans: list[tuple[int, int]] = []
         inside = False
         for is_answer, (first, last) in zip(out["assistant_masks"], out["offset_mapping"], strict=True):
@@ -201,8 +199,7 @@ class ChatTemplate:
         asked = [Message(role="user", content=_ASKED), Message(role="assistant", content=_ANSWERED)]
         again = [*asked, Message(role="user", content=_ASKED_AGAIN), Message(role="assistant", content=_ASKED)]
         try:
-            if _ANSWERED not in self.render(asked, {}):
-                self._as_parts = True  # made for lists of parts, as those of models that also see
+            self._as_parts = not self._prints(asked)  # made for lists of parts, as those of models that also see
             last, gap = self.render(asked, {}), self.render(again, {})
         except UserError as error:
             raise UserError(f"the chat template ({self.source}) does not work: {error}") from None
@@ -216,6 +213,12 @@ class ChatTemplate:
             self.turn_end, self.turn_end_id = self._tail[: at + len(token)], added[token]
         else:
             self.turn_end = self._tail.rstrip()
+
+    def _prints(self, asked: Sequence[Message]) -> bool:
+        try:
+            return _ANSWERED in self.render(asked, {})
+        except UserError:
+            return False
 
 
 def _choose(tokenizer: "PreTrainedTokenizerBase", named: str | None) -> tuple[str, str]:

@@ -52,9 +52,9 @@ class PPO(Method[PPOSettings, Episode]):
         room = min(self.settings.max_length, self.base.context_tokens) - self.settings.max_new_tokens
         if len(ids) > room:
             reason = f"prompt of {len(ids)} tokens leaves no room for {self.settings.max_new_tokens} new ones"
-            return Rendered(None, reason, 0)
+            return Rendered(None, reason)
         text = row.prompt if isinstance(row.prompt, str) else self.renderer.decode(ids)
-        return Rendered(TreeRow(ids, [], index=row.index, prompt_text=text), None, 0)
+        return Rendered(TreeRow(ids, [], index=row.index, prompt_text=text))
 
     # ---- roles
 

@@ -139,10 +139,13 @@ def judgements(review: str) -> list[int] | None:
             if not clause or clause["noun"] not in domain.aspects or (clause["article"] == "The") != (i == 0):
                 return None
             matches.append(clause)
-    for group in ("noun", "adjective"):
-        if len({match[group] for match in matches}) < len(matches):
-            return None
-    return [*map(_value, matches), verdicts[verdict]]
+    seen: set[str] = set()
+    values = []
+    for match in matches:
+        new = seen.isdisjoint(match.group("noun", "adjective"))
+        values.append(_value(match) if new else 0)
+        seen.update(match.group("noun", "adjective"))
+    return [*values, verdicts[verdict]]
 
 
 def vocabulary() -> list[str]:

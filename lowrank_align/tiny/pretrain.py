@@ -93,7 +93,7 @@ def _train(
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, recipe.beta2), fused=True)
     model.train()
     for step, texts in enumerate(_batches(recipe), start=1):
         for group in optimizer.param_groups:

@@ -23,6 +23,7 @@ class Recipe:
     warmup_steps: int = 20
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
+    beta2: float = 0.95
     chat_share: float = 0.1
     threads: int = 2  # part of the recipe: another number of threads sums in another order and gives other bytes
 
