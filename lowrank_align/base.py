@@ -10,6 +10,7 @@ a role is nothing but which adapter is active:
         ...
 """
 
+import gc
 import logging
 import warnings
 import weakref
@@ -44,7 +45,7 @@ class Role:
     name: str
     adapter: str | None = None
     trainable: bool = False
-    head: nn.Linear | None = None
+    head: Any = None  # nn.Linear(hidden, 1), fp32
     shift: float = 0.0  # subtracted from a reward model's raw scores
     parent: Path | None = None  # the run it started from
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)  # LoRA weights (PEFT's names) and `score.weight`
@@ -55,10 +56,10 @@ class Base:
 
     def __init__(self, loaded: Loaded) -> None:
         self.model: Any = loaded.model
-        self.tokenizer = loaded.tokenizer
+        self.tokenizer: Any = loaded.tokenizer
         self.name, self.path, self.weights_hash = loaded.name, loaded.path, loaded.weights_hash
         self.compute_dtype = loaded.compute_dtype
-        self.config = self.model.config.get_text_config()
+        self.config: Any = self.model.config.get_text_config()
         self.device: torch.device = next(self.model.parameters()).device
         self.roles: dict[str, Role] = {BARE: Role(BARE)}
         self._frozen = list(self.model.parameters())
@@ -124,7 +125,7 @@ class Base:
             )
             role = self._inject(name, config, trainable, seed)
         else:
-            role = Role(name)
+            role = Role(name, trainable=trainable and head)
         if head and role.head is None:
             role.head = self._new_head(seed)
         if role.head is not None:
@@ -228,6 +229,14 @@ class Base:
         """Bytes of the base's own weights, with what quantisation keeps beside them."""
         tensors = [t for p in self._frozen for t in (p.data, *_quantisation_tensors(p))]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    def copies_in_memory(self) -> int:
+        """How many tensors in this process hold the content of the base's largest layer: 1 as long as roles share it."""
+        embeddings = {id(self.model.get_input_embeddings().weight), id(self.model.get_output_embeddings().weight)}
+        sample = max((p for p in self._frozen if id(p) not in embeddings), key=Tensor.numel)
+        tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
+        same = [t.detach() for t in tensors if t.shape == sample.shape and t.dtype == sample.dtype]
+        return len({t.data_ptr() for t in same if t.device == sample.device and torch.equal(t, sample.detach())})
 
     @property
     def context_tokens(self) -> int:

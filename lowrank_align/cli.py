@@ -63,11 +63,18 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lowrank-align {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    demo = commands.add_parser("demo", help="the whole loop on one base: SFT, pairs, reward model, DPO, PPO, and a table")
-    demo.add_argument("--out", default="runs/demo", help="folder of the demo's runs and report; its own is replaced (default: %(default)s)")
+    demo = commands.add_parser(
+        "demo", help="the whole loop on one base: SFT, pairs, reward model, DPO, PPO, and a table"
+    )
+    demo.add_argument(
+        "--out",
+        default="runs/demo",
+        help="folder of the demo's runs and report; its own is replaced (default: %(default)s)",
+    )
     demo.add_argument("--model", default="tiny", help="a model folder, a hub id or tiny (default: %(default)s)")
-    demo.add_argument("--score", metavar="MODULE:FUNCTION", help="exact score of completions: needed with --model other than tiny")
-    demo.add_argument("--prompts", metavar="FILE", help="rows with prompts: needed with --model other than tiny")
+    demo.add_argument(
+        "--score", metavar="MODULE:FUNCTION", help="exact score of completions: needed with --model other than tiny"
+    )
     demo.add_argument("--quantize", choices=("nf4", "int8", "none"), default="nf4", help="(default: %(default)s)")
     demo.add_argument("--quick", action="store_true", help="a tenth of the steps: shows the way, not the results")
     demo.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
@@ -75,7 +82,9 @@ def make_parser() -> argparse.ArgumentParser:
         _add_command(commands, name, settings)
     runs = commands.add_parser("runs", help="list, compare and delete runs")
     runs.add_argument("folder", nargs="?", default="runs", help="(default: %(default)s)")
-    runs.add_argument("--compare", nargs=2, metavar=("A", "B"), help="settings and last figures of two runs, side by side")
+    runs.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"), help="settings and last figures of two runs, side by side"
+    )
     runs.add_argument("--delete", metavar="RUN", help="delete a run")
     runs.add_argument("--yes", action="store_true", help="delete without asking")
     return parser

@@ -27,7 +27,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Loaded:
     """A frozen base as it came from disk."""
 
-    model: nn.Module
+    model: Any
     tokenizer: Any
     name: str  # as the user gave it
     path: Path  # the folder it was read from

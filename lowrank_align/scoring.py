@@ -37,9 +37,9 @@ class LogitsHead:
     The load-time probe compares the result with the model's own logits.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-        self.projection: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    def __init__(self, model: Any) -> None:
+        config = model.config.get_text_config()
+        self.projection: nn.Module = model.get_output_embeddings()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.scale: float = (getattr(config, "logit_scale", None) or 1.0) / (
             getattr(config, "logits_scaling", None) or 1.0
@@ -65,10 +65,9 @@ class OwnLogits(LogitsHead):
     Its forward runs with the backbone stood in for by the hidden states, so whatever it does to logits is done.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self.model: Any = model
-        self.backbone: Any = model.get_decoder()  # type: ignore[operator]
+        self.model, self.backbone = model, model.get_decoder()
 
     def __call__(self, hidden: Tensor) -> Tensor:
         output = BaseModelOutputWithPast(last_hidden_state=hidden[None])

@@ -7,8 +7,8 @@ every consumer sees the same `TreeBatch` either way.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,8 +66,9 @@ class TreeBatch:
     layout: Layout
 
     def to(self, device: torch.device | str) -> "TreeBatch":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return TreeBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
     @property
     def last_token_at(self) -> Tensor:

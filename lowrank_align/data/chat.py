@@ -14,7 +14,7 @@ or if what was cut made its answers equal or left nothing to train.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -64,8 +64,8 @@ class RenderedRows:
     notes: Counter[str] = field(default_factory=Counter)  # rows by what was odd about them
 
 
-def render_all(renderer: "Renderer", rows: Sequence[Row], *, skip_bad: Path | None = None) -> RenderedRows:
-    """Renders every row.
+def render_all(render: Callable[[Row], Rendered], rows: Sequence[Row], *, skip_bad: Path | None = None) -> RenderedRows:
+    """Renders every row, with `Renderer.tree_row` or what a method has in its place.
 
     Raises `UserError` for rows that the template refuses, all at once (with `skip_bad` they are added to that file
     instead), and where no row is left.
@@ -73,7 +73,7 @@ def render_all(renderer: "Renderer", rows: Sequence[Row], *, skip_bad: Path | No
     bad, done = BadRows(skip_bad), []
     for row in rows:
         try:
-            done.append((row.where, renderer.tree_row(row)))
+            done.append((row.where, render(row)))
         except UserError as error:
             bad.add(row.where, str(error), asdict(row))
     skipped = bad.settle(len(done), append=True)
@@ -82,8 +82,7 @@ def render_all(renderer: "Renderer", rows: Sequence[Row], *, skip_bad: Path | No
     if not trees:
         reasons = ", ".join(f"{count}: {reason}" for reason, count in Counter(r for _, r in dropped).most_common())
         raise UserError(
-            f"no row is left of {len(rows)} at a max_length of {renderer.max_length} tokens ({reasons or 'no rows'}); "
-            "raise --max-length or shorten the prompts"
+            f"no row is left of {len(rows)} ({reasons or 'no rows'}); raise --max-length or shorten the prompts"
         )
     cut = [rendered.truncated_tokens for _, rendered in done if rendered.tree and rendered.truncated_tokens]
     notes = Counter(note for _, rendered in done for note in set(rendered.notes))
@@ -239,7 +238,7 @@ def _field(row: Row) -> str:
 
 
 def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """Tokens that all sequences begin with."""
+    """How many tokens all sequences begin with."""
     return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*sequences, strict=False)))
 
 

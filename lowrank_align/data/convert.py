@@ -41,7 +41,7 @@ def _sharegpt(fields: dict[str, Any], turns: str) -> Columns:
         if isinstance(rest[side], dict):
             rest[side] = clean_messages(side, [rest[side]])
     if {"chosen", "rejected"} & set(rest):
-        return Columns({**rest, "prompt": conversation}, "ShareGPT", {"prompt": turns})
+        return Columns({"prompt": conversation, **rest}, "ShareGPT", {"prompt": turns})
     if "kto_tag" in fields:
         answer = {"prompt": conversation[:-1], "completion": conversation[-1:], "label": fields["kto_tag"]}
         return Columns({**rest, **answer}, "ShareGPT", {"prompt": turns, "completion": turns, "label": "kto_tag"})

@@ -62,12 +62,9 @@ class Encoder:
 
         Control tokens between the marks of `protect` become ordinary text; the marks are no part of any token.
         """
-        ids: list[int] = []
-        spans: list[tuple[int, int]] = []
-        for start, piece, is_plain in self._pieces(text):
-            part = self._piece(piece, is_plain) if start else self._call(piece, add_special_tokens=False)
-            ids += part.ids
-            spans += [(first + start, last + start) for first, last in part.spans]
+        has_marks = _OPEN in text or _CLOSE in text
+        whole = self._joined(self._pieces(text)) if has_marks else self._call(text, add_special_tokens=False)
+        ids, spans = whole.ids, whole.spans
         if self._adds_bos and ids[:1] != [self.bos_id]:
             ids, spans = [self.bos_id or 0, *ids], [(0, 0), *spans]
         return Encoded(ids, spans)
@@ -90,6 +87,15 @@ class Encoder:
             at = match.end()
         return [piece for piece in [*pieces, (at, text[at:], False)] if piece[1]]
 
+    def _joined(self, pieces: Sequence[tuple[int, str, bool]]) -> Encoded:
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for start, piece, is_plain in pieces:
+            part = self._piece(piece, is_plain) if start else self._call(piece, add_special_tokens=False)
+            ids += part.ids
+            spans += [(first + start, last + start) for first, last in part.spans]
+        return Encoded(ids, spans)
+
     def _piece(self, text: str, is_plain: bool) -> Encoded:
         """A piece from the middle, encoded after a newline: SentencePiece adds a space to the beginning of a text."""
         kwargs = {"add_special_tokens": False, "split_special_tokens": is_plain}
@@ -106,4 +112,4 @@ class Encoder:
 
     def _call(self, text: str, **kwargs: Any) -> Encoded:
         out = self.tokenizer(text, return_offsets_mapping=True, verbose=False, **kwargs)
-        return Encoded(list(out["input_ids"]), [(first, last) for first, last in out["offset_mapping"]])
+        return Encoded(out["input_ids"], out["offset_mapping"])

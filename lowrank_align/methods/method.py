@@ -21,7 +21,8 @@ SettingsT = TypeVar("SettingsT", bound=TrainSettings)
 
 START_TOLERANCE_NATS = 1e-5
 
-Retry = Callable[[Callable[[int], Any], int], Any]  # retry(f, size) runs f(size), halving size while memory runs out
+# retry(f, knob) runs f(size) with the size that this setting names, halved while memory runs out
+Retry = Callable[[Callable[[int], Any], str], Any]
 
 
 class Metrics:

@@ -38,21 +38,17 @@ DOMAINS = (
     _domain("restaurant bistro diner", "food service wine menu bread dessert coffee", "eat there again"),
     _domain("hotel inn hostel", "room bed breakfast lobby view service pool", "stay there again"),
     _domain("album record song", "singing melody rhythm guitar bass drumming cover", "hear it again"),
-    _domain("game sequel adventure", "story design music combat pacing ending interface", "play it again"),
     _domain("phone laptop camera", "screen battery sound design keyboard price software", "buy it again"),
-    _domain("concert opera musical", "singing orchestra lighting sound staging hall opening", "attend it again"),
 )
 DETERMINERS = ("The", "This")
 AGES = ("", "new", "old", "latest", "first", "second", "famous", "little", "popular")
 ORIGINS = ("", "French", "Danish", "Italian", "Spanish", "Korean", "Irish", "Polish")
 VERBS = ("was", "felt", "seemed")
 POSITIVE = (
-    "good charming lovely delightful impressive pleasant memorable clever "
-    "elegant superb wonderful excellent fine brilliant splendid enjoyable"
+    "good charming lovely delightful impressive pleasant memorable clever elegant superb wonderful brilliant"
 ).split()
 NEGATIVE = (
-    "bad dull weak poor disappointing boring clumsy tiresome "
-    "dreadful awful terrible annoying mediocre unpleasant forgettable shoddy"
+    "bad dull weak poor disappointing boring clumsy tiresome dreadful awful annoying mediocre"
 ).split()
 DEGREES = {"": 2, "somewhat": 1, "rather": 1, "fairly": 1, "very": 3, "truly": 3, "really": 3}
 JOINTS = ("and", "while")
@@ -108,15 +104,15 @@ def demonstrations(count: int, seed: int, positivity: float = 0.6) -> list[dict[
     ]
 
 
-def pretraining_text(rng: random.Random, chat_share: float) -> str:
-    """One text of balanced mood: a review with its heading or, with probability `chat_share`, as an answer to a user."""
+def pretraining_text(rng: random.Random, chat_share: float) -> tuple[str, str]:
+    """(context, text to learn) of balanced mood: a review, or an answer to a user with probability `chat_share`."""
     domain, opening = rng.choice(_openings())
-    rest = _write_rest(domain, rng.random(), rng)
+    review = opening + _write_rest(domain, rng.random(), rng)
     if rng.random() >= chat_share:
-        return f"Review: {opening}{rest}"
+        return "", f"Review: {review}"
     topic = opening.partition(" ")[2].rpartition(" ")[0]
     question = rng.choice(QUESTIONS).format(topic) if rng.random() < 0.7 else _gibberish(rng)
-    return f"User: {question}\nAssistant: {opening}{rest}"
+    return f"User: {question}\nAssistant:", f" {review}"
 
 
 def judgements(review: str) -> list[int] | None:

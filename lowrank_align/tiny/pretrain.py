@@ -107,25 +107,30 @@ def _train(
             progress(step, recipe.steps, loss.item())
 
 
-def _batches(recipe: Recipe) -> Iterator[list[str]]:
+def _batches(recipe: Recipe) -> Iterator[list[tuple[str, str]]]:
     """`recipe.steps` batches of new texts, each of texts about as long, which spares a third of the padding."""
     rng = random.Random(recipe.seed)
-    pool: list[list[str]] = []
+    pool: list[list[tuple[str, str]]] = []
     for _ in range(recipe.steps):
         if not pool:
             texts = [pretraining_text(rng, recipe.chat_share) for _ in range(BATCHES_SORTED * recipe.batch_size)]
-            texts.sort(key=lambda text: text.count(" "))
+            texts.sort(key=lambda pair: " ".join(pair).count(" "))
             pool = [texts[i : i + recipe.batch_size] for i in range(0, len(texts), recipe.batch_size)]
             rng.shuffle(pool)
         yield pool.pop()
 
 
-def _loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """Mean cross-entropy in nats a token, `<eos>` included. Rows are padded on the right, where causality hides it."""
-    rows = [[*ids, EOS_ID] for ids in tokenizer(texts)["input_ids"]]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [PAD_ID] * (width - len(row)) for row in rows])
-    targets = torch.tensor([row + [IGNORED] * (width - len(row)) for row in rows])
+def _loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batch: list[tuple[str, str]]) -> torch.Tensor:
+    """Mean cross-entropy in nats a learnt token, `<eos>` included. Right padding is hidden by causality."""
+    contexts = tokenizer([context for context, _ in batch])["input_ids"]
+    learnt = [[*ids, EOS_ID] for ids in tokenizer([text for _, text in batch], add_special_tokens=False)["input_ids"]]
+    width = max(len(context) + len(text) for context, text in zip(contexts, learnt, strict=True))
+    ids = torch.full((len(batch), width), PAD_ID)
+    targets = torch.full((len(batch), width), IGNORED)
+    for row, (context, text) in enumerate(zip(contexts, learnt, strict=True)):
+        start, end = len(context), len(context) + len(text)
+        ids[row, :end] = torch.tensor(context + text)
+        targets[row, start:end] = ids[row, start:end]
     logits = model(ids[:, :-1], use_cache=False).logits
     return cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORED)
 

@@ -1,4 +1,5 @@
 """Rows of other projects: what they become, and that errors keep the names of the user's file."""
+# ruff: noqa: E501 -- one case a line
 
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_text_that_only_mentions_a_human_is_no_transcript() -> None:
         ({"conversations": [HUMAN, {"from": "gpt", "value": 1}]}, "conversations[1].value: a number, must be text"),
         ({"conversations": [HUMAN, {"from": "function_call", "value": "f()"}]}, "conversations[1].value: not the JSON of a function call"),
         ({"conversations": [HUMAN]}, "conversations: the last turn is of role user, must be the assistant's"),
-        ({"conversations": [HUMAN], "chosen": GPT}, "rejected: missing (fields: chosen, conversations)"),
+        ({"conversations": [HUMAN], "chosen": GPT}, "rejected: missing (fields: conversations, chosen)"),
         ({"conversations": [HUMAN], "chosen": GPT, "rejected": HUMAN}, "rejected: the last turn is of role user, must be the assistant's"),
         ({"conversations": [HUMAN, GPT], "chosen": GPT, "rejected": {"from": "gpt", "value": "B"}},
          "conversations: the last turn is the assistant's, must leave the answer to it"),

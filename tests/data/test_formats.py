@@ -1,4 +1,5 @@
 """What a row is by its fields, and the catalogue of bad rows with the line that each gives."""
+# ruff: noqa: E501 -- one case a line
 
 import math
 from typing import Any
@@ -60,14 +61,18 @@ def test_what_a_pair_says_beside_its_answers() -> None:
 
 
 def test_ranks_labels_and_scores_are_kept() -> None:
-    ranking = {"prompt": "Q", "completions": ["A", "B", "A"], "ranks": [1, 2.5, 1]}  # equal answers with equal ranks: fine
+    ranking = {
+        "prompt": "Q",
+        "completions": ["A", "B", "A"],
+        "ranks": [1, 2.5, 1],
+    }  # equal answers with equal ranks: fine
     assert parse(ranking).ranks == [1.0, 2.5, 1.0]
     assert parse({"prompt": "Q", "completion": "A", "label": True}).label is True
     assert parse({"prompt": "Q", "completion": "A", "score": -3}).score == -3.0
 
 
 def test_an_implicit_prompt_of_text_is_the_common_beginning_and_its_last_space_goes_to_the_answer() -> None:
-    """"Is it? Yes." and "Is it? No." share "Is it? "; TRL's `extract_prompt` leaves the space with the answers."""
+    """ "Is it? Yes." and "Is it? No." share "Is it? "; TRL's `extract_prompt` leaves the space with the answers."""
     row = parse({"chosen": "Is it? Yes.", "rejected": "Is it? No."})
     assert (row.prompt, row.completions) == ("Is it?", [" Yes.", " No."])
 
