@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_align import adapters
 from lowrank_align.errors import UserError, nearest
-from lowrank_align.loading import Attention, Loaded, Quantize, load_frozen
+from lowrank_align.loading import Attention, Loaded, Quantize, context_tokens, load_frozen
 from lowrank_align.probe import choose_layout, choose_logits
 from lowrank_align.scoring import LogitsHead, TokenScores, scalar_scores, scalar_values, token_scores
 from lowrank_align.trees import Layout, TreeBatch, TreeRow, attention_mask, collate
@@ -241,15 +241,22 @@ class Base:
     @property
     def context_tokens(self) -> int:
         """The longest sequence the model has positions for."""
-        return int(getattr(self.config, "max_position_embeddings", None) or 2**31)
+        return context_tokens(self.config)
 
     def enable_checkpointing(self, on: bool) -> None:
         """Recompute activations in the backward pass: less memory, about a third more time."""
+        model = self.model
+        if on and not model.supports_gradient_checkpointing:
+            raise UserError(f"--gradient-checkpointing: {self.name} cannot recompute its activations; leave it off")
+        # transformers renamed these two; the old names warn.
         if on:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+            model.disable_input_require_grads()  # reentrant checkpoints need them; here the bare base would keep a graph
         else:
-            self.model.gradient_checkpointing_disable()
-        self.model.train(on)  # transformers checkpoints only in train mode; every dropout of the base itself is 0
+            disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+            disable()
+        model.train(on)  # transformers checkpoints only in train mode; every dropout of the base itself is 0
 
     # ---- inside
 

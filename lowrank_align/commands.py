@@ -2,24 +2,32 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from lowrank_align import adapters
 from lowrank_align.base import BARE, Base
 from lowrank_align.checkpoint import write_atomic
-from lowrank_align.config import GenerateSettings, LogpsSettings, ModelSettings, RowsSettings, ScoreSettings, ShowSettings
+from lowrank_align.config import (
+    GenerateSettings,
+    LogpsSettings,
+    ModelSettings,
+    RowsSettings,
+    ScoreSettings,
+    ShowSettings,
+)
 from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.data.load import load_rows
 from lowrank_align.data.show import print_rows
 from lowrank_align.errors import EnvironmentProblem, UserError
-from lowrank_align.loading import model_folder, pick_device
+from lowrank_align.loading import model_folder, pick_device, read_tokenizer
 from lowrank_align.provenance import weights_hash
 from lowrank_align.rollout import generator_for, sample
 from lowrank_align.trees import TreeBatch, TreeRow
@@ -33,12 +41,7 @@ def generate(settings: GenerateSettings) -> None:
     rows = load_rows(settings.prompts, expect={Shape.prompts}).rows
     base = _load(settings, "policy")
     renderer = _renderer(base, settings)
-    prompts = [renderer.prompt_ids(row) for row in rows]
-    room = base.context_tokens - settings.max_new_tokens
-    for row, ids in zip(rows, prompts, strict=True):
-        if len(ids) > room:
-            raise UserError(f"{row.where}: prompt of {len(ids)} tokens leaves no room for {settings.max_new_tokens} new ones "
-                            f"in the model's context of {base.context_tokens}; lower --max-new-tokens or shorten it")  # fmt: skip
+    rows, prompts = _that_fit(rows, renderer, settings.max_new_tokens, base.context_tokens)
     generator = generator_for(base.device, settings.seed, "generate")
     lines: list[dict[str, Any]] = []
     with base.role(_role(settings)):
@@ -57,6 +60,22 @@ def generate(settings: GenerateSettings) -> None:
             for i, group in zip(places, groups, strict=True):
                 lines += [_answer(rows[i], renderer.decode(rollout.ids), rollout.finished) for rollout in group]
     _write(settings.out, lines)
+
+
+def _that_fit(
+    rows: list[Row], renderer: Renderer, max_new_tokens: int, context: int
+) -> tuple[list[Row], list[list[int]]]:
+    """The rows whose prompt leaves room for an answer, and their ids; the others are counted and named."""
+    every = [renderer.prompt_ids(row) for row in rows]
+    fits = [len(ids) + max_new_tokens <= context for ids in every]
+    left_out = [row.where for row, fit in zip(rows, fits, strict=True) if not fit]
+    if len(left_out) == len(rows):
+        raise UserError(f"{rows[0].where}: no prompt leaves room for {max_new_tokens} new tokens in the model's context of "
+                        f"{context}; lower --max-new-tokens")  # fmt: skip
+    if left_out:
+        print(f"{len(left_out)} of {len(rows)} prompts left out: no room for {max_new_tokens} new tokens in the model's "
+              f"context of {context}: {', '.join(left_out)}")  # fmt: skip
+    return list(compress(rows, fits)), list(compress(every, fits))
 
 
 def score(settings: ScoreSettings) -> None:
@@ -86,13 +105,12 @@ def logps(settings: LogpsSettings) -> None:
 def show(settings: ShowSettings) -> None:
     """Print rows as the model will see them."""
     rows = load_rows(settings.data, expect=WITH_COMPLETIONS).rows[: settings.rows]
-    folder = model_folder(settings.model)
-    context = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+    tokenizer, context = read_tokenizer(settings.model)
     renderer = Renderer(
-        AutoTokenizer.from_pretrained(folder),
+        tokenizer,
         chat_template=settings.chat_template,
         train_on=settings.train_on,
-        max_length=min(settings.max_length, context or settings.max_length),
+        max_length=min(settings.max_length, context),
     )
     print_rows(renderer, rows, settings.rows, Console(highlight=False))
 
@@ -103,7 +121,8 @@ def _prepare(
     """The base with its adapter, and the file's rows as batches; rows that do not fit keep their place, with a reason."""
     rows = load_rows(settings.data, expect=WITH_COMPLETIONS).rows
     base = _load(settings, kind)
-    rendered = [_renderer(base, settings, settings.train_on).tree_row(row) for row in rows]
+    renderer = _renderer(base, settings, settings.train_on)
+    rendered = [renderer.tree_row(row) for row in rows]
 
     def batches() -> Iterator[tuple[TreeBatch | None, list[TreeRow | None], list[str | None]]]:
         for places in _batches(len(rows), settings.batch_size):

@@ -82,10 +82,19 @@ def model_folder(name: str) -> Path:
     return _from_hub(name, path)
 
 
-def check_model_exists(name: str) -> None:
-    """Fail early, before data is read and torch is busy, where `name` is a folder that is not there."""
-    if name != "tiny" and not _looks_like_hub_id(name):
-        model_folder(name)
+def read_tokenizer(name: str) -> tuple[Any, int]:
+    """A model's tokenizer and its context in tokens, without its weights: rows can be checked before the model loads."""
+    folder = model_folder(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"{name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+    return tokenizer, context_tokens(_read_config(folder, name).get_text_config())
+
+
+def context_tokens(config: Any) -> int:
+    """The longest sequence a model has positions for."""
+    return int(getattr(config, "max_position_embeddings", None) or 2**31)
 
 
 def pick_device(device: str) -> torch.device:
@@ -183,11 +192,6 @@ def _keep_4bit_layout(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
-def _looks_like_hub_id(name: str) -> bool:
-    path = Path(name).expanduser()
-    return not (path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1)
 
 
 def _from_hub(name: str, path: Path) -> Path:

@@ -1,14 +1,13 @@
 """From settings and files to a finished run: check everything, load, train, save.
 
-    base = Base.load("tiny")
-    train("dpo", base=base, model="tiny", data="pairs.jsonl", out="runs/dpo", max_steps=50)
+base = Base.load("tiny")
+train("dpo", base=base, model="tiny", data="pairs.jsonl", out="runs/dpo", max_steps=50)
 """
 
 import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ from lowrank_align import adapters
 from lowrank_align.base import Base
 from lowrank_align.config import METHODS, TrainSettings, read_yaml, resolve, to_yaml
 from lowrank_align.data.chat import Renderer
-from lowrank_align.data.formats import Row
-from lowrank_align.data.load import Loaded, load_rows, split_off
+from lowrank_align.data.training import TrainingRows, training_rows
 from lowrank_align.errors import EnvironmentProblem, UserError, nearest
-from lowrank_align.loading import model_folder, pick_device
+from lowrank_align.loading import model_folder, pick_device, read_tokenizer
 from lowrank_align.loop import Loop
 from lowrank_align.methods import method_class
 from lowrank_align.methods.method import Method
@@ -32,7 +30,6 @@ from lowrank_align.provenance import folder_sha256, model_card, weights_hash, wr
 from lowrank_align.rewards import is_function, load_function
 from lowrank_align.runs import RunFolder, check_output, open_run
 from lowrank_align.stopping import StopSignals
-from lowrank_align.trees import TreeRow
 
 log = logging.getLogger(__name__)
 
@@ -77,10 +74,23 @@ def train(
         return finished
     _check_machine(settings, out)
     _check_adapters(settings)
+    tokenizer, context = (base.tokenizer, base.context_tokens) if base else read_tokenizer(settings.model)
+    if settings.max_length > context:
+        progress.note(f"max_length: {settings.max_length} is over the model's context; taken as {context}")
+        settings = settings.model_copy(update={"max_length": context})
+    renderer = Renderer(
+        tokenizer,
+        chat_template=settings.chat_template,
+        train_on=settings.train_on,
+        max_length=settings.max_length,
+    )
+    kind = method_class(settings.method)
     with tempfile.TemporaryDirectory() as scratch:
         bad_rows = Path(scratch) / "bad_rows.jsonl"
-        data = read_data(settings, bad_rows if settings.skip_bad else None, progress)
-        _check_resumable(settings, out, data.sha256)
+        rows = training_rows(
+            settings, kind.shapes, lambda row: kind.render(row, renderer, settings), bad_rows, progress.note
+        )
+        _check_resumable(settings, out, rows.sha256)
         base = base or Base.load(
             settings.model,
             quantize=settings.quantize,
@@ -88,96 +98,28 @@ def train(
             dtype=settings.dtype,
             attention=settings.attention,
         )
-        trainer = prepare(settings, base, progress)
-        rows, dropped = render(trainer, data.rows, progress)
-        eval_rows, _ = render(trainer, data.eval_rows, progress) if data.eval_rows else ([], [])
+        base.enable_checkpointing(settings.gradient_checkpointing)
+        trainer = kind(base, settings, renderer)
         trainer.add_roles()
-        with stop or StopSignals() as stopping, open_run(
-            out, resume=settings.resume, overwrite=settings.overwrite, method=settings.method
-        ) as run:  # fmt: skip
-            _write_down(run, settings, dropped, bad_rows)
-            return _run(trainer, rows, eval_rows, run, data.sha256, progress, stopping)
-
-
-@dataclass(frozen=True)
-class Data:
-    """A run's rows as they came from the files."""
-
-    rows: list[Row]
-    eval_rows: list[Row]
-    sha256: str
-
-
-def read_data(settings: TrainSettings, bad_rows: Path | None, progress: Progress) -> Data:
-    """Load and check the training and held-out rows; nothing is tokenised yet."""
-    shapes = method_class(settings.method).shapes
-    loaded = load_rows(settings.rows, expect=shapes, skip_bad=bad_rows)
-    _tell(loaded, settings.rows, progress)
-    if settings.eval_data is not None:
-        held_out = load_rows(settings.eval_data, expect=shapes)
-        _tell(held_out, settings.eval_data, progress)
-        return Data(loaded.rows, held_out.rows, loaded.sha256)
-    if settings.eval_rows:
-        train_rows, eval_rows = split_off(loaded.rows, settings.eval_rows, settings.seed)
-        return Data(train_rows, eval_rows, loaded.sha256)
-    return Data(loaded.rows, [], loaded.sha256)
-
-
-def prepare(settings: TrainSettings, base: Base, progress: Progress) -> Method[Any, Any]:
-    """The method on its base, with the renderer for its rows; the roles are not there yet."""
-    if settings.max_length > base.context_tokens:
-        progress.note(f"max_length: {settings.max_length} is over the model's context; taken as {base.context_tokens}")
-    renderer = Renderer(
-        base.tokenizer,
-        chat_template=settings.chat_template,
-        train_on=settings.train_on,
-        max_length=min(settings.max_length, base.context_tokens),
-    )
-    base.enable_checkpointing(settings.gradient_checkpointing)
-    return method_class(settings.method)(base, settings, renderer)
-
-
-def render(method: Method[Any, Any], rows: Sequence[Row], progress: Progress) -> tuple[list[TreeRow], list[dict[str, str]]]:
-    """Tokenise the rows; what is cut or dropped is counted, listed, and an error only when nothing remains."""
-    kept: list[TreeRow] = []
-    dropped: list[dict[str, str]] = []
-    cut_rows = cut_tokens = 0
-    for row in rows:
-        rendered = method.render(row)
-        if rendered.tree is None:
-            dropped.append({"where": row.where, "reason": rendered.dropped})
-            continue
-        kept.append(rendered.tree)
-        cut_rows += rendered.truncated_tokens > 0
-        cut_tokens += rendered.truncated_tokens
-    if not kept:
-        first = f"{dropped[0]['where']}: {dropped[0]['reason']}" if dropped else "no rows"
-        raise UserError(f"no row is left to train on; raise --max-length or shorten the prompts (first: {first})")
-    if cut_rows:
-        progress.note(f"{cut_rows} of {len(rows)} rows cut at max_length {method.renderer.max_length} ({cut_tokens} tokens)")
-    if dropped:
-        example = f"{dropped[0]['where']}: {dropped[0]['reason']}"
-        progress.note(f"{len(dropped)} of {len(rows)} rows dropped, listed in dropped_rows.jsonl (first: {example})")
-    return kept, dropped
+        with (
+            stop or StopSignals() as stopping,
+            open_run(out, resume=settings.resume, overwrite=settings.overwrite, method=settings.method) as run,
+        ):
+            _write_down(run, settings, rows.dropped, Path(scratch))
+            return _run(trainer, rows, run, progress, stopping)
 
 
 def _run(
-    method: Method[Any, Any],
-    rows: list[TreeRow],
-    eval_rows: list[TreeRow],
-    run: RunFolder,
-    data_hash: str,
-    progress: Progress,
-    stop: StopSignals,
+    method: Method[Any, Any], rows: TrainingRows, run: RunFolder, progress: Progress, stop: StopSignals
 ) -> Summary:
-    loop = Loop(method, rows, eval_rows, run, progress, stop)
-    provenance = _provenance(method, data_hash)
+    loop = Loop(method, rows.rows, rows.eval_rows, run, progress, stop)
+    provenance = _provenance(method, rows.sha256)
     write_provenance(run.path, **provenance)
     try:
         figures = loop.run()
     finally:
         progress.close()
-    figures |= method.finish(rows)
+    figures |= method.finish(rows.rows)
     provenance["adapter_hash"] = method.save(run)
     record = write_provenance(run.path, **provenance)
     plots = plot_metrics(run.path / "metrics.jsonl", run.plots)
@@ -203,7 +145,9 @@ def _check_machine(settings: TrainSettings, out: Path) -> None:
     folder = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(folder).free
     if free < ROOM_BYTES:
-        raise EnvironmentProblem(f"{out}: only {free / 1e6:.0f} MB free on its disk; a run needs {ROOM_BYTES / 1e6:.0f} MB")
+        raise EnvironmentProblem(
+            f"{out}: only {free / 1e6:.0f} MB free on its disk; a run needs {ROOM_BYTES / 1e6:.0f} MB"
+        )
 
 
 def _check_adapters(settings: TrainSettings) -> None:
@@ -218,7 +162,9 @@ def _check_adapters(settings: TrainSettings) -> None:
     elif reward is not None:
         given.append((reward, "reward"))
     for start, kind in given:
-        adapters.check_before_load(start, kind, settings.model, weights_hash(folder), AutoConfig.from_pretrained(folder))
+        adapters.check_before_load(
+            start, kind, settings.model, weights_hash(folder), AutoConfig.from_pretrained(folder)
+        )
 
 
 def _check_resumable(settings: TrainSettings, out: Path, data_hash: str) -> None:
@@ -229,7 +175,9 @@ def _check_resumable(settings: TrainSettings, out: Path, data_hash: str) -> None
     now = settings.model_dump()
     for name in sorted(before.keys() - RESUMABLE_CHANGES):
         if name in now and now[name] != before[name]:
-            raise UserError(f"--resume: {name} is {now[name]!r} here but {before[name]!r} in {out}; use the run's, or a new --out")
+            raise UserError(
+                f"--resume: {name} is {now[name]!r} here but {before[name]!r} in {out}; use the run's, or a new --out"
+            )
     record = out / "provenance.json"
     known = json.loads(record.read_text()).get("data_hash") if record.is_file() else None
     if known not in (None, data_hash):
@@ -246,13 +194,14 @@ def _finished_before(out: Path) -> Summary | None:
     return Summary(out, int(found.get("steps", 0)), found.get("summary", {}))
 
 
-def _write_down(run: RunFolder, settings: TrainSettings, dropped: list[dict[str, str]], bad_rows: Path) -> None:
+def _write_down(run: RunFolder, settings: TrainSettings, dropped: list[tuple[str, str]], scratch: Path) -> None:
+    """The resolved settings, and the lists of what is not trained on."""
     run.write_config(to_yaml(settings))
-    if bad_rows.is_file():
+    for bad_rows in scratch.glob("*.jsonl"):
         shutil.copyfile(bad_rows, run.path / bad_rows.name)
     if dropped:
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in dropped)
-        (run.path / "dropped_rows.jsonl").write_text(lines, encoding="utf-8")
+        lines = [json.dumps({"where": where, "reason": reason}, ensure_ascii=False) for where, reason in dropped]
+        (run.path / "dropped_rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _provenance(method: Method[Any, Any], data_hash: str) -> dict[str, Any]:
@@ -274,15 +223,13 @@ def _provenance(method: Method[Any, Any], data_hash: str) -> dict[str, Any]:
     }
 
 
-def _tell(loaded: Loaded, source: str, progress: Progress) -> None:
-    for name, count in loaded.conversions.items():
-        progress.note(f"{source}: {count} rows read as {name}")
-    if loaded.skipped:
-        progress.note(f"{source}: {loaded.skipped} bad rows set aside in bad_rows.jsonl")
-
-
 def _print_end(
-    method: Method[Any, Any], run: RunFolder, loop: Loop, figures: dict[str, float], plots: list[Path], progress: Progress
+    method: Method[Any, Any],
+    run: RunFolder,
+    loop: Loop,
+    figures: dict[str, float],
+    plots: list[Path],
+    progress: Progress,
 ) -> None:
     if progress.quiet:
         return

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lowrank_align.apps.demo.report import PolicyFigures, Report, print_report, write_report
 from rich.console import Console
 
-from lowrank_align.apps.demo.report import PolicyFigures, Report, print_report, write_report
 from lowrank_align.base import Base
 from lowrank_align.config import METHODS, resolve
 from lowrank_align.data.chat import Renderer

@@ -146,10 +146,9 @@ class ChatTemplate:
             if self._tail and text.endswith(self._tail):
                 return len(text) - len(self._tail) + len(self.turn_end)
             return len(text.rstrip())
-        following = self._content_start(text, messages, kwargs, i + 1)
-        if following is None:
-            return None
-        if messages[i + 1]["role"] == "user" and self._gap and text[:following].endswith(self._gap):
+        places = ((j, self._content_start(text, messages, kwargs, j)) for j in range(i + 1, len(messages)))
+        j, following = next(((j, at) for j, at in places if at is not None), (i, start))  # templates may drop turns
+        if j == i + 1 and messages[j]["role"] == "user" and text[:following].endswith(self._gap):
             keeps_end = self._gap.startswith(self.turn_end)
             return following - len(self._gap) + (len(self.turn_end) if keeps_end else 0)
         ended = text.rfind(self.turn_end, start, following) if self.turn_end else -1

@@ -54,7 +54,8 @@ class DPO(Method[DPOSettings, TreeRow]):
         metrics.mean("rewards/accuracies", outcome.accuracies, outcome.decided)
         metrics.mean("logps/chosen", logps[chosen], outcome.decided)
         metrics.mean("logps/rejected", logps[rejected], outcome.decided)
-        metrics.mean("mean_token_accuracy", policy.is_top, batch.completion_mask)
+        is_of_chosen = batch.completion_mask[chosen] & outcome.decided[:, None]
+        metrics.mean("mean_token_accuracy", policy.is_top[chosen], is_of_chosen)
         metrics.mean("entropy", policy.entropy, batch.completion_mask)
         metrics.total("num_tokens", batch.num_tokens.sum())
         return loss.detach()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowrank_align.base import Base
 from lowrank_align.config import TrainSettings
-from lowrank_align.data.chat import Renderer
+from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.errors import NumericError
 from lowrank_align.rollout import generator_for, sample
@@ -71,7 +71,9 @@ class Method(ABC, Generic[SettingsT, Item]):
     """One method: which rows it takes, which roles it puts on the base, and one micro-batch's forward and backward."""
 
     shapes: ClassVar[frozenset[Shape]]
-    trained: ClassVar[tuple[str, ...]] = ("policy",)  # the roles that the optimiser moves; the first is the run's adapter
+    trained: ClassVar[tuple[str, ...]] = (
+        "policy",
+    )  # the roles that the optimiser moves; the first is the run's adapter
 
     def __init__(self, base: Base, settings: SettingsT, renderer: Renderer) -> None:
         self.base, self.settings, self.renderer = base, settings, renderer
@@ -80,9 +82,10 @@ class Method(ABC, Generic[SettingsT, Item]):
 
     # ---- data
 
-    def render(self, row: Row) -> Any:
-        """One row of the file as the item that `round` gets; `Rendered.tree` None where it is dropped."""
-        return self.renderer.tree_row(row)
+    @staticmethod
+    def render(row: Row, renderer: Renderer, settings: Any) -> Rendered:
+        """One row of the file as tokens, or why it is dropped; needs no model."""
+        return renderer.tree_row(row)
 
     # ---- roles
 
@@ -198,4 +201,6 @@ def assert_policy_is_reference(base: Base, rows: Sequence[TreeRow]) -> None:
             logps.append(base.token_scores(batch).per_token_logps)
     gap = (logps[0] - logps[1]).abs().max().item()
     if not gap <= START_TOLERANCE_NATS:
-        raise NumericError(f"before the first step the policy differs from its reference by {gap:.2g} nats a token; not training")
+        raise NumericError(
+            f"before the first step the policy differs from its reference by {gap:.2g} nats a token; not training"
+        )

@@ -47,13 +47,12 @@ class PPO(Method[PPOSettings, Episode]):
 
     shapes = frozenset({Shape.prompts})
 
-    def render(self, row: Row) -> Rendered:
-        ids = self.renderer.prompt_ids(row)
-        room = min(self.settings.max_length, self.base.context_tokens) - self.settings.max_new_tokens
-        if len(ids) > room:
-            reason = f"prompt of {len(ids)} tokens leaves no room for {self.settings.max_new_tokens} new ones"
-            return Rendered(None, reason)
-        text = row.prompt if isinstance(row.prompt, str) else self.renderer.decode(ids)
+    @staticmethod
+    def render(row: Row, renderer: Renderer, settings: PPOSettings) -> Rendered:
+        ids = renderer.prompt_ids(row)
+        if len(ids) + settings.max_new_tokens > settings.max_length:
+            return Rendered(None, f"prompt of {len(ids)} tokens leaves no room for {settings.max_new_tokens} new ones")
+        text = row.prompt if isinstance(row.prompt, str) else renderer.decode(ids)
         return Rendered(TreeRow(ids, [], index=row.index, prompt_text=text))
 
     # ---- roles
@@ -157,9 +156,7 @@ class PPO(Method[PPOSettings, Episode]):
         s = self.settings
         trees = [TreeRow(r.prompt_ids, [Completion(r.ids, [True] * len(r.ids))]) for r in rollouts]
         found = retry(lambda size: self._score_all(trees, size), "micro_batch_size")
-        logps, ref_logps, values, mask = (
-            pad_sequence([part[i] for part in found], batch_first=True) for i in range(4)
-        )
+        logps, ref_logps, values, mask = (pad_sequence([part[i] for part in found], batch_first=True) for i in range(4))
         raw = self._function_scores(rows, rollouts) if self.reward else torch.stack([part[4] for part in found])
         finished = torch.tensor([r.finished for r in rollouts], device=raw.device)
         scores = penalise_unfinished(raw, finished, s.missing_eos_penalty)
@@ -229,9 +226,7 @@ class PPO(Method[PPOSettings, Episode]):
 
     def check_start(self, rows: Sequence[TreeRow]) -> None:
         end = self.renderer.end_ids[:1]
-        assert_policy_is_reference(
-            self.base, [TreeRow(row.prompt_ids, [Completion(end, [True])]) for row in rows]
-        )
+        assert_policy_is_reference(self.base, [TreeRow(row.prompt_ids, [Completion(end, [True])]) for row in rows])
 
     def save(self, run: RunFolder) -> str:
         """`adapter/` is the policy, `value/` the critic with its head."""

@@ -186,6 +186,18 @@ def test_what_a_template_adds_after_the_last_turns_end_is_not_trained(make_token
     ]
 
 
+OTHER_END = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + ': ' + m['content'] }}"
+    "{% if loop.last and m['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant: ' }}{% endif %}"
+)
+
+
+def test_an_end_that_only_earlier_turns_have_is_not_trained(make_tokenizer: Any) -> None:
+    """gpt-oss' form: a model ends its turn with one token, which the template replaces by another in the history."""
+    assert trained(Renderer(make_tokenizer(OTHER_END), max_length=999), {"messages": CHAT}) == ["one", "two</s>"]
+
+
 THINKS = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if loop.last and m['role'] == 'assistant' %}{{ '<think></think>' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}"
@@ -237,8 +249,30 @@ DROPS_TOOLS = (
 def test_turns_that_a_template_leaves_out_are_noted(make_tokenizer: Any) -> None:
     chat = [user("1"), assistant("call"), {"role": "tool", "content": "42"}, assistant("two")]
     renderer = Renderer(make_tokenizer(DROPS_TOOLS), max_length=999)
-    assert "the chat template leaves out or rewrites turns of role tool" in notes(renderer, chat)
-    assert trained(renderer, {"messages": chat})[-1] == "two</s>"
+    assert notes(renderer, chat) == ("the chat template leaves out or rewrites turns of role tool",)
+    assert trained(renderer, {"messages": chat}) == ["call</s>", "two</s>"]
+
+
+TOOL_CHAT = [user("1"), assistant("call"), {"role": "tool", "content": "42"}, assistant("two")]
+
+
+def test_an_earlier_turn_whose_end_cannot_be_told_is_not_trained(make_tokenizer: Any) -> None:
+    """Nothing ends a turn in this template, and what stands before a tool's turn is not known as it is before a user's."""
+    renderer = Renderer(make_tokenizer(NO_END), max_length=999)
+    assert notes(renderer, TOOL_CHAT) == (
+        "the template does not show where one of the answers stands; it is not trained",
+    )
+    assert trained(renderer, {"messages": TOOL_CHAT}) == [" two</s>"]
+
+
+def test_a_templates_own_marks_tell_the_end_of_an_earlier_turn(make_tokenizer: Any) -> None:
+    marked = NO_END.replace(
+        "{{ m['role'] + ': ' + m['content'] + '\n' }}",
+        "{{ m['role'] + ':' }}{% if m['role'] == 'assistant' %}{% generation %}{{ ' ' + m['content'] + '\n' }}"
+        "{% endgeneration %}{% else %}{{ ' ' + m['content'] + '\n' }}{% endif %}",
+    )
+    renderer = Renderer(make_tokenizer(marked), max_length=999)
+    assert trained(renderer, {"messages": TOOL_CHAT}) == [" call", " two</s>"]
 
 
 PARTS = (

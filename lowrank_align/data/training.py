@@ -1,0 +1,76 @@
+"""From a run's settings to its tokenised rows, with what was converted, cut, dropped or set aside told and listed."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowrank_align.config import TrainSettings
+from lowrank_align.data.chat import Rendered, RenderedRows, render_all
+from lowrank_align.data.formats import Row, Shape
+from lowrank_align.data.load import Loaded, load_rows, split_off
+from lowrank_align.trees import TreeRow
+
+Tell = Callable[[str], None]  # prints one line that people should read
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """What a run trains on and is evaluated on."""
+
+    rows: list[TreeRow]
+    eval_rows: list[TreeRow]
+    sha256: str  # of the training data's source
+    dropped: list[tuple[str, str]]  # (where, reason)
+
+
+def training_rows(
+    settings: TrainSettings,
+    shapes: Collection[Shape],
+    render: Callable[[Row], Rendered],
+    bad_rows: Path,
+    tell: Tell,
+) -> TrainingRows:
+    """Load, check, split and tokenise the rows that `settings` names.
+
+    With `skip_bad`, bad rows go to `bad_rows` (held-out ones to the file beside it). Raises UserError for the first bad
+    row otherwise, and where no row remains.
+    """
+    held_out_bad = bad_rows.with_name(f"eval_{bad_rows.name}")
+    loaded = load_rows(settings.rows, expect=shapes, skip_bad=bad_rows if settings.skip_bad else None)
+    _tell_loaded(loaded, settings.rows, bad_rows, tell)
+    train, held_out = loaded.rows, list[Row]()
+    if settings.eval_data is not None:
+        other = load_rows(settings.eval_data, expect=shapes, skip_bad=held_out_bad if settings.skip_bad else None)
+        _tell_loaded(other, settings.eval_data, held_out_bad, tell)
+        held_out = other.rows
+    elif settings.eval_rows:
+        train, held_out = split_off(loaded.rows, settings.eval_rows, settings.seed)
+    rendered = render_all(render, train, skip_bad=bad_rows if settings.skip_bad else None)
+    _tell_rendered(rendered, len(train), settings.rows, tell)
+    rendered_out = RenderedRows([])
+    if held_out:
+        rendered_out = render_all(render, held_out, skip_bad=held_out_bad if settings.skip_bad else None)
+        _tell_rendered(rendered_out, len(held_out), settings.eval_data or "held-out rows", tell)
+    dropped = rendered.dropped + rendered_out.dropped
+    return TrainingRows(rendered.tree_rows, rendered_out.tree_rows, loaded.sha256, dropped)
+
+
+def _tell_loaded(loaded: Loaded, source: str, bad_rows: Path, tell: Tell) -> None:
+    for name, count in loaded.conversions.items():
+        tell(f"{source}: {count} rows read as {name}")
+    if loaded.skipped:
+        tell(f"{source}: {loaded.skipped} bad rows set aside in {bad_rows.name}")
+
+
+def _tell_rendered(rendered: RenderedRows, count: int, source: str, tell: Tell) -> None:
+    if rendered.truncated:
+        tell(f"{source}: {rendered.truncated} of {count} rows cut at max_length ({rendered.truncated_tokens} tokens)")
+    if rendered.dropped:
+        where, reason = rendered.dropped[0]
+        tell(
+            f"{source}: {len(rendered.dropped)} of {count} rows dropped, listed in dropped_rows.jsonl (first: {where}: {reason})"
+        )
+    if rendered.skipped:
+        tell(f"{source}: {rendered.skipped} rows that the chat template refuses set aside in bad_rows.jsonl")
+    for note, rows in rendered.notes.items():
+        tell(f"{source}: {rows} rows: {note}")
