@@ -9,9 +9,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from lowrank_align.errors import UserError
 from lowrank_align.scoring import LogitsHead, OwnLogits
@@ -34,9 +37,10 @@ def choose_layout(base: Base) -> Layout:
     row = _row(ids[0], [ids[1], ids[2]])
     other = _row(ids[0], [ids[3], ids[2]])  # only the first completion differs
     try:
-        tree = _logps(base, row, "tree")
-        leak = (tree[1] - _logps(base, other, "tree")[1]).abs().max().item()
-        gap = (tree - _logps(base, row, "flat")).abs().max().item()
+        with _each_token_rounded_alone(base.model):
+            tree = _logps(base, row, "tree")
+            leak = (tree[1] - _logps(base, other, "tree")[1]).abs().max().item()
+            gap = (tree - _logps(base, row, "flat")).abs().max().item()
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
         reason = f"the model takes no tree mask ({str(error).splitlines()[0]})"
     else:
@@ -68,6 +72,20 @@ def choose_logits(base: Base) -> LogitsHead:
     raise UserError(
         f"{base.name}: its logits cannot be computed from its last hidden states; this model is not supported"
     )
+
+
+@contextmanager
+def _each_token_rounded_alone(model: nn.Module) -> Iterator[None]:
+    """int8 layers spare the columns in which any token of the batch has an outlier; that rounding looks like a leak."""
+    states = [state for m in model.modules() if hasattr(state := getattr(m, "state", None), "threshold")]
+    thresholds = [state.threshold for state in states]
+    try:
+        for state in states:
+            state.threshold = 0.0
+        yield
+    finally:
+        for state, threshold in zip(states, thresholds, strict=True):
+            state.threshold = threshold
 
 
 def _tolerance(base: Base) -> float:

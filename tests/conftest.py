@@ -107,17 +107,21 @@ def make_method(tiny_base: Any, tmp_path: Path) -> Callable[..., Any]:
     import torch
 
     from lowrank_align.config import METHODS, resolve
-    from lowrank_align.progress import Progress
-    from lowrank_align.train import prepare, read_data, render
+    from lowrank_align.data.chat import Renderer
+    from lowrank_align.data.load import load_rows
+    from lowrank_align.methods import method_class
 
     def make(method: str, rows: list[dict[str, Any]], *, untouched: bool = False, **knobs: Any) -> tuple[Any, Any]:
         field = METHODS[method].rows_field
         data = write_rows(tmp_path / "rows.jsonl", rows)
-        given = {"model": tiny_base.name, field: str(data), "out": str(tmp_path / "run"), "rank": 4, **knobs}
-        settings = resolve(METHODS[method], given)
-        progress = Progress(quiet=True)
-        made = prepare(settings, tiny_base, progress)
-        items = render(made, read_data(settings, None, progress).rows, progress)[0]
+        given = {"model": tiny_base.name, field: str(data), "out": str(tmp_path / "run"), "rank": 4}
+        settings = resolve(METHODS[method], {**given, "max_length": 256, **knobs})
+        renderer = Renderer(tiny_base.tokenizer, max_length=settings.max_length)
+        kind = method_class(method)
+        rendered = [kind.render(row, renderer, settings).tree for row in load_rows(data, expect=kind.shapes).rows]
+        items = [tree for tree in rendered if tree is not None]
+        tiny_base.enable_checkpointing(settings.gradient_checkpointing)
+        made = kind(tiny_base, settings, renderer)
         made.add_roles()
         generator = torch.Generator().manual_seed(1)
         for role in made.trained if not untouched else ():

@@ -15,7 +15,7 @@ from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import Shape
 from lowrank_align.methods.method import Method, Metrics
 from lowrank_align.objectives.paired import bradley_terry, centring, mean_per_row
-from lowrank_align.rollout import generator_for, sample
+from lowrank_align.rollout import generator_for, inference, sample
 from lowrank_align.runs import RunFolder
 from lowrank_align.trees import Completion, TreeRow, collate_comparisons
 
@@ -69,7 +69,7 @@ class Reward(Method[RewardSettings, TreeRow]):
             rows = self._answers_of_start(rows)
         role = self.base.roles["reward"]
         found = []
-        with self.base.role("reward"), torch.no_grad():
+        with self.base.role("reward"), inference(self.base), torch.no_grad():
             for i in range(0, len(rows), self.settings.micro_batch_size):
                 batch = self.base.collate(list(rows[i : i + self.settings.micro_batch_size]))
                 found.append(self.base.scores(batch).cpu())
@@ -78,7 +78,7 @@ class Reward(Method[RewardSettings, TreeRow]):
 
     def samples(self, rows: Sequence[TreeRow], step: int) -> list[dict[str, Any]]:
         """The scores of these rows' completions."""
-        with self.base.role("reward"), torch.no_grad():
+        with self.base.role("reward"), inference(self.base), torch.no_grad():
             scores = iter(self.base.scores(self.base.collate(list(rows))).tolist())
         return [
             {

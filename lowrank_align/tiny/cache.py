@@ -36,7 +36,7 @@ def cache_folder() -> Path:
 
 
 def cached(recipe: Recipe, folder: Path, progress: Callable[[int, int, float], None] | None = None) -> Path:
-    """`folder/<the recipe's name>`, built where missing. Two builders at once both work; the first to finish is kept."""
+    """`folder/<the recipe's name>`, built where missing. Of two builders at once, the first to finish is kept."""
     built = folder / recipe.name
     if _is_complete(built):
         return built
@@ -47,7 +47,9 @@ def cached(recipe: Recipe, folder: Path, progress: Callable[[int, int, float], N
         _build(recipe, built, progress)
     except OSError as error:
         reason = error.strerror or error
-        raise EnvironmentProblem(f"{folder}: cannot cache the model tiny: {reason} (set LOWRANK_ALIGN_CACHE)") from error
+        raise EnvironmentProblem(
+            f"{folder}: cannot cache the model tiny: {reason} (set LOWRANK_ALIGN_CACHE)"
+        ) from error
     return built
 
 

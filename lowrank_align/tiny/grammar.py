@@ -1,18 +1,20 @@
 """A small grammar of reviews whose sentiment a program reads off exactly.
 
-    Review: The new French film was very charming, but the plot felt dull. The music was fine. I might see it again.
+    Review: The new French film was very charming, while the plot felt dull. The music was good. I might see it again.
 
-A review names its subject, judges it and two to three of its parts, and ends with a verdict. Every judgement is worth
--3 to 3: the adjective (or verdict) gives the sign, the degree the size ("somewhat" 1, none 2, "very" 3). The exact
-score is the mean over the judgements; a text that the grammar cannot produce scores below the worst review.
+A review judges its subject and one to three of its parts, and ends with a verdict. Every judgement is worth -3 to 3:
+the adjective (or verdict) gives the sign, the degree the size ("somewhat" 1, none 2, "very" 3). The exact score is the
+mean over the judgements, here (3 - 2 + 2 + 1) / 4 = 1. A judgement that repeats a part or an adjective is worth 0, and
+a text that the grammar cannot produce scores below the worst review.
 """
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from statistics import fmean
 
 from lowrank_align.errors import UserError
 
@@ -47,9 +49,7 @@ VERBS = ("was", "felt", "seemed")
 POSITIVE = (
     "good charming lovely delightful impressive pleasant memorable clever elegant superb wonderful brilliant"
 ).split()
-NEGATIVE = (
-    "bad dull weak poor disappointing boring clumsy tiresome dreadful awful annoying mediocre"
-).split()
+NEGATIVE = ("bad dull weak poor disappointing boring clumsy tiresome dreadful awful annoying mediocre").split()
 DEGREES = {"": 2, "somewhat": 1, "rather": 1, "fairly": 1, "very": 3, "truly": 3, "really": 3}
 JOINTS = ("and", "while")
 VERDICTS = {
@@ -73,27 +73,24 @@ QUESTIONS = (
 def exact_score(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
     """The sentiment of each review `prompt + completion`: the mean of its judgements, in [-3, 3].
 
-    `MALFORMED_SCORE` where the text is anything but one whole review: empty, cut off, repeating a part or an adjective,
-    speaking of another subject's parts. A heading in the prompt ("Review:", or the
-    turns of a conversation up to "Assistant:") is not part of the review.
+    `MALFORMED_SCORE` where the text is anything but one whole review: empty, cut off, going on after the verdict,
+    judging another subject's parts. A heading in the prompt ("Review:", or the turns of a conversation up to
+    "Assistant:") is not part of the review.
     """
     scores = []
     for prompt, completion in zip(prompts, completions, strict=True):
         values = judgements(_HEADING.sub("", prompt, count=1) + completion)
-        scores.append(sum(values) / len(values) if values else MALFORMED_SCORE)
+        scores.append(fmean(values) if values else MALFORMED_SCORE)
     return scores
 
 
 def prompts(count: int, seed: int) -> list[str]:
-    """`count` distinct beginnings, such as `"Review: The new film was"`, out of more than ten thousand.
-
-    Two seeds draw independently: a hundred prompts of each share about one.
-    """
+    """`count` distinct beginnings, such as `"Review: The new film was"`, out of 7,776; two seeds draw independently."""
     return [f"Review: {opening}" for _, opening in _draw_openings(count, random.Random(seed))]
 
 
 def demonstrations(count: int, seed: int, positivity: float = 0.6) -> list[dict[str, str]]:
-    """`{"prompt", "completion"}` rows written by the grammar, `positivity` of whose judgements are positive on average."""
+    """`{"prompt", "completion"}` rows written by the grammar; on average, `positivity` of the judgements are positive."""
     rng = random.Random(seed)
     return [
         {
@@ -107,46 +104,47 @@ def demonstrations(count: int, seed: int, positivity: float = 0.6) -> list[dict[
 def pretraining_text(rng: random.Random, chat_share: float) -> tuple[str, str]:
     """(context, text to learn) of balanced mood: a review, or an answer to a user with probability `chat_share`."""
     domain, opening = rng.choice(_openings())
-    review = opening + _write_rest(domain, rng.random(), rng)
+    rest = _write_rest(domain, rng.random(), rng)
     if rng.random() >= chat_share:
-        return "", f"Review: {review}"
-    topic = opening.partition(" ")[2].rpartition(" ")[0]
-    question = rng.choice(QUESTIONS).format(topic) if rng.random() < 0.7 else _gibberish(rng)
-    return f"User: {question}\nAssistant:", f" {review}"
+        return "", f"Review: {opening}{rest}"
+    _, _, topic_and_verb = opening.partition(" ")
+    topic, _, _ = topic_and_verb.rpartition(" ")
+    question = rng.choice(QUESTIONS).format(topic) if rng.random() < 0.8 else _gibberish(rng)
+    return f"User: {question}\nAssistant:", f" The {topic_and_verb}{rest}"
 
 
 def judgements(review: str) -> list[int] | None:
-    """The value of every judgement of one whole review (without heading), or None where the grammar cannot produce it."""
-    *sentences, verdict = review.strip().split(". ")
-    clauses = [re.split(rf", ({_one_of(JOINTS)}) ", sentence) for sentence in sentences]
-    if tuple(len(parts[::2]) for parts in clauses) not in SHAPES:
-        return None
-    first = _OPENING_CLAUSE.fullmatch(clauses[0][0])
-    domain = first and _domain_of(first["noun"])
-    if not first or not domain or verdict not in (verdicts := _verdicts(domain)):
-        return None
+    """The value of every judgement of one whole review (without heading), or None where the grammar has no such text.
 
-    matches = [first]
-    for parts in clauses:
-        for i in range(0, len(parts), 2):
-            if parts is clauses[0] and i == 0:
-                continue
-            clause = _ASPECT_CLAUSE.fullmatch(parts[i])
-            if not clause or clause["noun"] not in domain.aspects or (clause["article"] == "The") != (i == 0):
-                return None
-            matches.append(clause)
+    A judgement whose part or adjective was there before says nothing new: 0.
+    """
+    review = review.strip()
+    match = next(filter(None, (_review_pattern(domain).fullmatch(review) for domain in DOMAINS)), None)
+    if match is None:
+        return None
     seen: set[str] = set()
     values = []
-    for match in matches:
-        new = seen.isdisjoint(match.group("noun", "adjective"))
-        values.append(_value(match) if new else 0)
-        seen.update(match.group("noun", "adjective"))
-    return [*values, verdicts[verdict]]
+    for noun, degree, adjective in _CLAUSE.findall(review):
+        sign = 1 if adjective in POSITIVE else -1
+        values.append(sign * DEGREES[degree] if seen.isdisjoint((noun, adjective)) else 0)
+        seen |= {noun, adjective}
+    return values + [value for value, phrase in VERDICTS.items() if phrase == match["verdict"]]
 
 
 def vocabulary() -> list[str]:
     """Every piece of text that deserves a token of its own, leading space included, in a fixed order."""
-    running_text = [*DETERMINERS, *AGES, *ORIGINS, *VERBS, *POSITIVE, *NEGATIVE, *DEGREES, *JOINTS, *VERDICTS.values(), *QUESTIONS]
+    running_text = [
+        *DETERMINERS,
+        *AGES,
+        *ORIGINS,
+        *VERBS,
+        *POSITIVE,
+        *NEGATIVE,
+        *DEGREES,
+        *JOINTS,
+        *VERDICTS.values(),
+        *QUESTIONS,
+    ]
     for domain in DOMAINS:
         running_text += [*domain.subjects, *domain.aspects, domain.once_more]
     words = set(re.findall(r"\w+", " ".join([*running_text, "the"])))
@@ -195,26 +193,24 @@ def _gibberish(rng: random.Random) -> str:
     return " ".join("".join(rng.choices(letters, k=rng.randint(2, 6))) for _ in range(rng.randint(1, 4)))
 
 
-def _value(clause: re.Match[str]) -> int:
-    size = DEGREES[clause["degree"] or ""]
-    return size if clause["adjective"] in POSITIVE else -size
-
-
-def _domain_of(subject: str) -> Domain | None:
-    return next((domain for domain in DOMAINS if subject in domain.subjects), None)
-
-
-def _verdicts(domain: Domain) -> dict[str, int]:
-    return {f"{verdict} {domain.once_more}.": value for value, verdict in VERDICTS.items()}
-
-
-def _one_of(words: Sequence[str]) -> str:
-    return "|".join(word for word in words if word)
+def _one_of(words: Iterable[str]) -> str:
+    return f"(?:{'|'.join(word for word in words if word)})"
 
 
 _HEADING = re.compile(r"^.*(?:Review|Assistant):", re.DOTALL)
-_JUDGEMENT = rf"(?:{_one_of(VERBS)})(?: (?P<degree>{_one_of(list(DEGREES))}))? (?P<adjective>{_one_of(POSITIVE + NEGATIVE)})"
-_OPENING_CLAUSE = re.compile(
-    rf"(?:{_one_of(DETERMINERS)})(?: (?:{_one_of(AGES)}))?(?: (?:{_one_of(ORIGINS)}))? (?P<noun>\w+) {_JUDGEMENT}"
-)
-_ASPECT_CLAUSE = re.compile(rf"(?P<article>[Tt]he) (?P<noun>\w+) {_JUDGEMENT}")
+_DEGREE, _ADJECTIVE = _one_of(DEGREES), _one_of(POSITIVE + NEGATIVE)
+_CLAUSE = re.compile(rf"(\w+) {_one_of(VERBS)} (?:({_DEGREE}) )?({_ADJECTIVE})")
+
+
+@cache
+def _review_pattern(domain: Domain) -> re.Pattern[str]:
+    """Every review of `domain`. Its sentences have the judgements that SHAPES names."""
+    judgement = rf"{_one_of(VERBS)} (?:{_DEGREE} )?{_ADJECTIVE}"
+    part = rf"{_one_of(domain.aspects)} {judgement}"
+    joined = rf", {_one_of(JOINTS)} the {part}"
+    opening = (
+        rf"{_one_of(DETERMINERS)} (?:{_one_of(AGES)} )?(?:{_one_of(ORIGINS)} )?{_one_of(domain.subjects)} {judgement}"
+    )
+    second = rf"\. The {part}(?:{joined})?"
+    verdict = rf"(?P<verdict>{_one_of(VERDICTS.values())}) {domain.once_more}"
+    return re.compile(rf"{opening}(?:{joined}(?:{second})?|{second})\. {verdict}\.")

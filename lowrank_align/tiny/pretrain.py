@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from lowrank_align.tiny.grammar import pretraining_text, vocabulary
 from lowrank_align.tiny.recipe import Recipe
@@ -52,6 +54,7 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
         bos_token="<bos>",
         eos_token="<eos>",
         unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
         model_max_length=recipe.context_tokens,
         clean_up_tokenization_spaces=False,
     )
@@ -59,8 +62,15 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
 
 def save(model: LlamaForCausalLM, recipe: Recipe, folder: Path) -> None:
     """A plain transformers folder, as any other base model has."""
-    model.save_pretrained(folder)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     build_tokenizer(recipe).save_pretrained(folder)
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets nobody else read it
 
 
 def _new_model(recipe: Recipe, vocabulary_size: int) -> LlamaForCausalLM:
@@ -93,7 +103,7 @@ def _train(
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, recipe.beta2), fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
     model.train()
     for step, texts in enumerate(_batches(recipe), start=1):
         for group in optimizer.param_groups:
