@@ -6,17 +6,20 @@ A policy is a CAUSAL_LM adapter; a reward model is a SEQ_CLS adapter with its `s
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from lowrank_align.checkpoint import write_atomic
 from lowrank_align.errors import NumericError, UserError
@@ -26,16 +29,17 @@ Kind = Literal["policy", "reward"]
 WEIGHTS, CONFIG, REWARD = "adapter_model.safetensors", "adapter_config.json", "reward.json"
 PREFIX = "base_model.model."
 HEAD = "score.weight"
+# PiSSA, OLoRA, LoftQ and their like rewrite the base's weights when they are put on it.
+HARMLESS = {"bias": (None, "none"), "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal")}
 
 
 @dataclass
 class Saved:
-    """An adapter as it lies on disk; tensors by PEFT's names without the prefix."""
+    """An adapter as it lies on disk; tensors by PEFT's names without the prefix, a scalar head's among them."""
 
     folder: Path  # the run's folder where there is one, else the adapter's
     config: LoraConfig
     tensors: dict[str, Tensor]
-    head: Tensor | None
     shift: float
 
 
@@ -67,17 +71,16 @@ def check_before_load(start_from: str | Path, kind: Kind | None, base_name: str,
     """
     folder = locate(start_from, kind)
     check_same_base(_run_of(folder), base_name, base_hash)
-    targets = _peft_config(folder).target_modules
-    if not isinstance(targets, list | set):
-        return  # a pattern: what it matches is known when the adapter is on the base
+    lora = _peft_config(folder)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     needed = {
         f"{name}.{part}.weight"
-        for name, _ in skeleton.named_modules()
+        for name, module in skeleton.named_modules()
         for part in ("lora_A", "lora_B")
-        if name.rsplit(".", 1)[-1] in targets
+        if isinstance(module, nn.Linear | Conv1D) and check_target_module_exists(lora, name)
     }
+    needed |= {HEAD} if lora.task_type == "SEQ_CLS" else set()
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             present = {key.removeprefix(PREFIX) for key in file.keys()}  # noqa: SIM118 - not a mapping
@@ -97,9 +100,9 @@ def read(start_from: str | Path, base_name: str, base_hash: str) -> Saved:
         tensors = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(folder / WEIGHTS).items()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); the file is damaged") from error
-    shift_file = run / REWARD
-    shift = float(json.loads(shift_file.read_text())["shift"]) if shift_file.is_file() else 0.0
-    return Saved(run, config, tensors, tensors.pop(HEAD, None), shift)
+    if config.task_type == "SEQ_CLS" and HEAD not in tensors:
+        raise UserError(_incomplete(run, [HEAD]))
+    return Saved(run, config, tensors, _shift(run / REWARD))
 
 
 def copy_into(saved: Saved, parameters: dict[str, nn.Parameter]) -> None:
@@ -149,19 +152,35 @@ def _run_of(folder: Path) -> Path:
     return folder.parent if folder.name == "adapter" else folder
 
 
+def _shift(file: Path) -> float:
+    """What is subtracted from a reward run's raw scores; 0 for anything else."""
+    if not file.is_file():
+        return 0.0
+    try:
+        shift = float(json.loads(file.read_text(encoding="utf-8"))["shift"])
+    except (ValueError, KeyError, TypeError):
+        shift = math.nan
+    if not math.isfinite(shift):
+        raise UserError(f"{file}: holds no number under shift; restore it from the reward run")
+    return shift
+
+
 def _peft_config(folder: Path) -> LoraConfig:
-    """The adapter's LoRA settings; what would load code or unknown modules is refused."""
+    """The adapter's LoRA settings; what would load code or unknown modules, or change the base, is refused."""
     raw = _read_config(folder)
     if raw.get("peft_type") != "LORA":
         raise UserError(f"{folder}: a {raw.get('peft_type')} adapter; only LoRA is supported")
     to_save = raw.get("modules_to_save")
-    extra = sorted(set(to_save if isinstance(to_save, list) else []) - {"score"})
-    if extra or raw.get("auto_mapping"):
-        asked = ", ".join(extra) or "auto_mapping"
-        raise UserError(f"{folder}: adapter_config.json asks for {asked}, which is not loaded")
+    asked = sorted(set(to_save if isinstance(to_save, list) else []) - {"score"})
+    asked += ["auto_mapping"] if raw.get("auto_mapping") else []
+    for key, harmless in HARMLESS.items():
+        if (value := raw.get(key)) not in harmless:
+            asked.append(f"{key}={value}")
+    if asked:
+        raise UserError(f"{folder}: adapter_config.json asks for {', '.join(asked)}, which is not loaded")
     known: dict[str, Any] = {k: v for k, v in raw.items() if k in LoraConfig.__dataclass_fields__}
     try:
-        return LoraConfig(**known | {"modules_to_save": None})
+        return LoraConfig(**known | {"modules_to_save": None, "init_lora_weights": True})
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder}: adapter_config.json cannot be used: {error}") from error
 

@@ -10,6 +10,7 @@ a role is nothing but which adapter is active:
         ...
 """
 
+import copy
 import gc
 import logging
 import warnings
@@ -102,7 +103,7 @@ class Base:
         head: bool = False,
         seed: int = 0,
     ) -> Role:
-        """Put a role on the base; an older role of that name is replaced.
+        """Put a role on the base. An older one of that name is replaced, but stays where the new one cannot be added.
 
         `start_from` continues a saved adapter (a run's folder or a PEFT folder; rank and targets are the adapter's);
         `frozen_copy_of` is the reference that DPO and PPO need; `rank` makes a new adapter that begins as the bare base;
@@ -111,7 +112,7 @@ class Base:
         """
         if name == BARE or not name.isidentifier():
             raise UserError(f"role {name!r}: use a plain name (letters, digits, _) other than {BARE!r}")
-        self.remove_role(name)
+        self._check_inactive(name)
         if frozen_copy_of is not None:
             role = self._copy_frozen(name, self._find(frozen_copy_of))
         elif start_from is not None:
@@ -130,7 +131,8 @@ class Base:
             role.head = self._new_head(seed)
         if role.head is not None:
             role.head.requires_grad_(role.trainable)
-            role.parameters["score.weight"] = role.head.weight
+            role.parameters[adapters.HEAD] = role.head.weight
+        self.remove_role(name)
         self.roles[name] = role
         self._restore_flags()
         return role
@@ -140,14 +142,10 @@ class Base:
         role = self.roles.get(name)
         if role is None or name == BARE:
             return
-        if any(visit.role is role for visit in self._stack):
-            raise RuntimeError(f"role {name!r} is active; leave it before removing it")
+        self._check_inactive(name)
         del self.roles[name]
         if role.adapter is not None:
-            for layer in self._lora_layers:
-                layer.delete_adapter(role.adapter)
-            del self.model.peft_config[role.adapter]
-            self._activate(self._stack[-1].role)
+            self._discard(role.adapter)
 
     @contextmanager
     def role(self, name: str) -> Iterator[Role]:
@@ -227,7 +225,9 @@ class Base:
 
     def frozen_bytes(self) -> int:
         """Bytes of the base's own weights, with what quantisation keeps beside them."""
+        int8 = [m.state for m in self.model.modules() if hasattr(m, "state") and hasattr(m.state, "SCB")]
         tensors = [t for p in self._frozen for t in (p.data, *_quantisation_tensors(p))]
+        tensors += [t for state in int8 for t in (state.CB, state.SCB) if isinstance(t, Tensor)]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     def copies_in_memory(self) -> int:
@@ -252,7 +252,7 @@ class Base:
         if on:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-            model.disable_input_require_grads()  # reentrant checkpoints need them; here the bare base would keep a graph
+            model.disable_input_require_grads()  # for reentrant ones only; the bare base would keep a graph
         else:
             disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
             disable()
@@ -271,6 +271,10 @@ class Base:
             raise UserError(f"role {self.active_role.name!r} has no scalar head; it speaks, it does not score")
         return head
 
+    def _check_inactive(self, name: str) -> None:
+        if any(visit.role.name == name for visit in self._stack):
+            raise RuntimeError(f"role {name!r} is active; leave it before removing it")
+
     def _activate(self, role: Role) -> None:
         # PEFT's set_adapter would also freeze every other adapter and take 30 times as long.
         active = [role.adapter] if role.adapter is not None else []
@@ -279,6 +283,7 @@ class Base:
 
     def _inject(self, name: str, config: LoraConfig, trainable: bool, seed: int) -> Role:
         """A new adapter that begins as the bare base (B = 0), in fp32 whatever the base computes in."""
+        adapter = name if name not in getattr(self.model, "peft_config", {}) else f"{name}_new"
         with (
             torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
             warnings.catch_warnings(),
@@ -286,42 +291,55 @@ class Base:
             warnings.simplefilter("ignore")  # "already found a peft_config": several adapters are the point
             torch.manual_seed(seed)
             try:
-                inject_adapter_in_model(config, self.model, adapter_name=name)
+                inject_adapter_in_model(config, self.model, adapter_name=adapter)
             except ValueError as error:
+                self._discard(adapter)
+                self._restore_flags()
                 raise UserError(f"--target-modules: {str(error).splitlines()[0]}") from error
         self._lora_layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+        self.model.train(self.model.training)  # the new layers' dropout too
         parameters: dict[str, nn.Parameter] = {}
-        marker = f".{name}.weight"
+        marker = f".{adapter}.weight"
         for key, parameter in self.model.named_parameters():
             if key.endswith(marker) and ".lora_" in key:
                 parameter.data = parameter.data.float()
                 parameters[key.removesuffix(marker) + ".weight"] = parameter
         self._activate(self._stack[-1].role)
-        return Role(name, name, trainable, parameters=parameters)
+        return Role(name, adapter, trainable, parameters=parameters)
+
+    def _discard(self, adapter: str) -> None:
+        """Take an adapter, or what there is of it, off every layer."""
+        self._lora_layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+        for layer in self._lora_layers:
+            layer.delete_adapter(adapter)
+        self.model.peft_config.pop(adapter, None)
+        self._activate(self._stack[-1].role)
 
     def _from_saved(self, name: str, saved: adapters.Saved, trainable: bool, dropout: float) -> Role:
         saved.config.lora_dropout = dropout
         role = self._inject(name, saved.config, trainable, seed=0)
-        self.roles[name] = role  # so that a refused adapter's layers can be taken off again
+        if adapters.HEAD in saved.tensors:
+            role.head = self._new_head(seed=0)
+            role.parameters[adapters.HEAD] = role.head.weight
         try:
             adapters.copy_into(saved, role.parameters)
         except UserError:
-            self.remove_role(name)
+            self._discard(str(role.adapter))
+            self._restore_flags()
             raise
-        if saved.head is not None:
-            role.head = self._new_head(seed=0)
-            role.head.weight.data.copy_(saved.head)
         role.shift, role.parent = saved.shift, saved.folder
         return role
 
     def _copy_frozen(self, name: str, source: Role) -> Role:
         if source.adapter is None or _is_untouched(source):
-            return Role(name, parent=source.parent)  # an adapter that changes nothing is the bare base
-        config = LoraConfig(**self.model.peft_config[source.adapter].to_dict())
-        config.lora_dropout = 0.0
-        role = self._inject(name, config, trainable=False, seed=0)
-        for key, parameter in role.parameters.items():
-            parameter.data.copy_(source.parameters[key].data)
+            role = Role(name)  # an adapter that changes nothing is the bare base
+        else:
+            config = LoraConfig(**self.model.peft_config[source.adapter].to_dict())
+            config.lora_dropout = 0.0
+            role = self._inject(name, config, trainable=False, seed=0)
+            for key, parameter in role.parameters.items():
+                parameter.data.copy_(source.parameters[key].data)
+        role.head = copy.deepcopy(source.head)
         role.parent, role.shift = source.parent, source.shift
         return role
 

@@ -1,6 +1,5 @@
 """Bring one causal language model and its tokenizer into memory: quantised, frozen, dropout off, checked."""
 
-import json
 import logging
 import os
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers import logging as transformers_logging
@@ -50,9 +50,9 @@ def load_frozen(
             "--quantize: bitsandbytes has no Apple GPU support; use --quantize none or --device cpu"
         )
     path = model_folder(name)
+    config, tokenizer = _read_config(path, name), _read_tokenizer(path, name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = _from_pretrained(path, name, quantize, where, compute, attention)
+        model = _from_pretrained(path, name, config, quantize, where, compute, attention)
     except torch.OutOfMemoryError as error:
         raise EnvironmentProblem(f"{name}: does not fit on {where}; try --quantize nf4 or a smaller model") from error
     model.requires_grad_(False)
@@ -83,13 +83,10 @@ def model_folder(name: str) -> Path:
 
 
 def read_tokenizer(name: str) -> tuple[Any, int]:
-    """A model's tokenizer and its context in tokens, without its weights: rows can be checked before the model loads."""
+    """A model's tokenizer and its context in tokens, without its weights, so that rows are checked before it loads."""
     folder = model_folder(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
-    return tokenizer, context_tokens(_read_config(folder, name).get_text_config())
+    config = _read_config(folder, name)
+    return _read_tokenizer(folder, name), context_tokens(config.get_text_config())
 
 
 def context_tokens(config: Any) -> int:
@@ -98,7 +95,7 @@ def context_tokens(config: Any) -> int:
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` takes the first of CUDA (also ROCm), XPU, CPU. Asking for a GPU that is not there is an EnvironmentProblem."""
+    """`auto` takes the first of CUDA (also ROCm), XPU, CPU; EnvironmentProblem where a GPU is asked for and none there."""
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
@@ -110,8 +107,10 @@ def pick_device(device: str) -> torch.device:
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available()}
     present["mps"] = torch.backends.mps.is_available()
     if not present.get(wanted.type, False):
-        raise EnvironmentProblem(f"--device {device}: this torch ({torch.__version__}) sees no such device; use --device cpu, "
-                                 "or install the torch build for your GPU (PyTorch's install selector names it)")  # fmt: skip
+        raise EnvironmentProblem(
+            f"--device {device}: this torch ({torch.__version__}) sees no such device; use --device cpu, "
+            "or install the torch build for your GPU (PyTorch's install selector names it)"
+        )
     if wanted.type == "cuda" and wanted.index is not None and wanted.index >= torch.cuda.device_count():
         raise EnvironmentProblem(f"--device {device}: there are only {torch.cuda.device_count()} GPUs")
     return wanted
@@ -127,9 +126,16 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def _from_pretrained(
-    path: Path, name: str, quantize: Quantize, device: torch.device, compute: torch.dtype, attention: Attention
+    path: Path,
+    name: str,
+    config: Any,
+    quantize: Quantize,
+    device: torch.device,
+    compute: torch.dtype,
+    attention: Attention,
 ) -> Any:
     options: dict[str, Any] = {"dtype": compute, "device_map": {"": device}, "use_safetensors": True}
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # what does not fit is told below
     if attention != "auto":
         options["attn_implementation"] = attention
     if quantize == "nf4":
@@ -142,15 +148,16 @@ def _from_pretrained(
     elif quantize == "int8":
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # says so at every product
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    config = _read_config(path, name)
     if config.model_type in ("gemma2", "gpt_oss") and attention == "auto":
         options["attn_implementation"] = "eager"  # these two refuse SDPA
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **options)
-    except (ValueError, OSError, KeyError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(path, config=config, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{name}: cannot be loaded as a causal language model: {_first_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -160,21 +167,36 @@ def _from_pretrained(
         raise UserError(
             f"{name}: {len(missing)} weights are missing from its files (first: {missing[0]}); not a whole causal model"
         )
+    misshapen = sorted(key for key, *_ in info["mismatched_keys"])
+    if misshapen:
+        raise UserError(
+            f"{name}: {len(misshapen)} weights are not of the shape that its config.json says (first: {misshapen[0]})"
+        )
     return model
 
 
 def _read_config(path: Path, name: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(path)
-    except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
+    except Exception as error:  # what a damaged file raises in the library is anything
         raise UserError(f"{name}: config.json cannot be used: {_first_line(error)}") from error
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise UserError(
-            f"{name}: its weights are already quantised ({method}); give the 16-bit model, it is quantised while loading"
+            f"{name}: its weights are already quantised ({method}); "
+            "give the 16-bit model, it is quantised while loading"
         )
     return config
+
+
+def _read_tokenizer(path: Path, name: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # as above; the tokenizers library raises bare Exceptions
+        raise UserError(
+            f"{name}: its tokenizer cannot be loaded (is tokenizer.json there and whole?): {_first_line(error)}"
+        ) from error
 
 
 def _switch_dropout_off(model: nn.Module) -> None:
@@ -188,7 +210,7 @@ def _switch_dropout_off(model: nn.Module) -> None:
 
 
 def _keep_4bit_layout(model: nn.Module) -> None:
-    """On CPUs with AVX-512-BF16, bitsandbytes repacks 4-bit weights in place in a no-grad forward; training then breaks."""
+    """On CPUs with AVX-512-BF16, bitsandbytes repacks 4-bit weights in a no-grad forward, and training then breaks."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

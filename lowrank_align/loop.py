@@ -81,8 +81,7 @@ class Loop:
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
-        by_epochs = math.ceil(self.settings.epochs * len(self.rows) / self.settings.batch_size)
-        return self.settings.max_steps or max(1, by_epochs)
+        return self.settings.max_steps or math.ceil(self._rows_by_epochs / self.settings.batch_size)
 
     def run(self) -> dict[str, float]:
         """Train to the end; the last figures. Stopped where a signal asked for it: everything is saved then."""
@@ -202,10 +201,14 @@ class Loop:
         size, count = self.settings.batch_size, len(self.rows)
         end = step * size
         if self.settings.max_steps is None:
-            end = min(end, max(1, round(self.settings.epochs * count)))
+            end = min(end, self._rows_by_epochs)
         places = range((step - 1) * size, end)
         orders = {epoch: _order(self.settings.seed, epoch, count) for epoch in {i // count for i in places}}
         return [self.rows[orders[i // count][i % count]] for i in places]
+
+    @property
+    def _rows_by_epochs(self) -> int:
+        return max(1, round(self.settings.epochs * len(self.rows)))
 
     @contextmanager
     def _dropout_seed(self, *parts: int) -> Iterator[None]:
@@ -288,9 +291,9 @@ class Loop:
             self.accelerator.scaler.load_state_dict(values["scaler"])
         self.sizes |= values["sizes"]
         self.skipped, self.skipped_in_a_row = values["skipped"]
-        if values["best"] is not None:
+        kept = {k.removeprefix("best/"): t for k, t in state.tensors.items() if k.startswith("best/")}
+        if values["best"] is not None and (kept or not self.settings.early_stopping):  # else it is turned on only now
             value, step, self.evaluations_since_best = values["best"]
-            kept = {k.removeprefix("best/"): t for k, t in state.tensors.items() if k.startswith("best/")}
             self.best = (value, step, {k: t.to(self.base.device) for k, t in kept.items()})
         self.method.load_state(values["method"])
         self.run_folder.truncate_metrics(values["step"])

@@ -11,10 +11,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from lowrank_align.errors import UserError
 from lowrank_align.scoring import LogitsHead, OwnLogits
@@ -75,9 +74,9 @@ def choose_logits(base: Base) -> LogitsHead:
 
 
 @contextmanager
-def _each_token_rounded_alone(model: nn.Module) -> Iterator[None]:
+def _each_token_rounded_alone(model: Any) -> Iterator[None]:
     """int8 layers spare the columns in which any token of the batch has an outlier; that rounding looks like a leak."""
-    states = [state for m in model.modules() if hasattr(state := getattr(m, "state", None), "threshold")]
+    states = [m.state for m in model.modules() if hasattr(m, "state") and hasattr(m.state, "threshold")]
     thresholds = [state.threshold for state in states]
     try:
         for state in states:

@@ -53,12 +53,17 @@ def sample(
 
 @contextmanager
 def inference(base: Base) -> Iterator[None]:
-    """Evaluation mode (a cache, no checkpointing, no dropout), and back to the mode before."""
-    training = base.model.training
+    """Evaluation mode (a cache, no checkpointing, no dropout) without the model's own generation settings, and back.
+
+    `generate` would fill what a call leaves open from those: penalties, forced and forbidden tokens, beams.
+    """
+    training, own_settings = base.model.training, base.model.generation_config
     base.model.eval()
+    base.model.generation_config = GenerationConfig()
     try:
         yield
     finally:
+        base.model.generation_config = own_settings
         base.model.train(training)
 
 

@@ -39,7 +39,7 @@ class LogitsHead:
 
     def __init__(self, model: Any) -> None:
         config = model.config.get_text_config()
-        self.projection: nn.Module = model.get_output_embeddings()
+        self.model = model
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.scale: float = (getattr(config, "logit_scale", None) or 1.0) / (
             getattr(config, "logits_scaling", None) or 1.0
@@ -48,10 +48,11 @@ class LogitsHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """(M, H) -> (M, V), fp32."""
-        weight = getattr(self.projection, "weight", None)
+        projection: nn.Module = self.model.get_output_embeddings()  # looked up: an adapter may have wrapped it
+        weight = getattr(projection, "weight", None)
         if weight is not None and weight.is_floating_point():
             hidden = hidden.to(weight.dtype)
-        logits = self.projection(hidden).float()
+        logits = projection(hidden).float()
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap:
@@ -67,7 +68,7 @@ class OwnLogits(LogitsHead):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self.model, self.backbone = model, model.get_decoder()
+        self.backbone = model.get_decoder()
 
     def __call__(self, hidden: Tensor) -> Tensor:
         output = BaseModelOutputWithPast(last_hidden_state=hidden[None])
@@ -79,9 +80,7 @@ class OwnLogits(LogitsHead):
             del self.backbone.forward
 
 
-def token_scores(
-    hidden: Tensor, batch: TreeBatch, head: LogitsHead, *, temperature: float = 1.0
-) -> TokenScores:
+def token_scores(hidden: Tensor, batch: TreeBatch, head: LogitsHead, *, temperature: float = 1.0) -> TokenScores:
     """Log-probabilities of the tokens that count, from hidden states (R, T, H) of `batch`.
 
     `temperature` divides the logits, as it does when sampling, so that old, new and reference log-probs agree.

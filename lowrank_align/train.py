@@ -6,12 +6,15 @@ train("dpo", base=base, model="tiny", data="pairs.jsonl", out="runs/dpo", max_st
 
 import json
 import logging
+import math
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from transformers import AutoConfig
 
 from lowrank_align import adapters
@@ -119,11 +122,13 @@ def _run(
         figures = loop.run()
     finally:
         progress.close()
+        method.base.enable_checkpointing(False)  # evaluation mode too, for whoever uses the base next
     figures |= method.finish(rows.rows)
     provenance["adapter_hash"] = method.save(run)
     record = write_provenance(run.path, **provenance)
     plots = plot_metrics(run.path / "metrics.jsonl", run.plots)
-    (run.path / "README.md").write_text(model_card(record, figures, run.path.name), encoding="utf-8")
+    finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+    (run.path / "README.md").write_text(model_card(record, finite, run.path.name), encoding="utf-8")
     run.mark_finished(figures)
     _print_end(method, run, loop, figures, plots, progress)
     return Summary(run.path, loop.total_steps, figures)
@@ -142,6 +147,11 @@ def _check_machine(settings: TrainSettings, out: Path) -> None:
     device = pick_device(settings.device)
     if settings.optimizer != "adamw" and device.type != "cuda":
         raise EnvironmentProblem(f"--optimizer {settings.optimizer} needs a CUDA GPU; use adamw")
+    for tracker in settings.report_to:
+        if tracker not in LoggerType.list():
+            raise UserError(f"report_to: {tracker}: no such tracker{nearest(tracker, LoggerType.list())}")
+        if tracker != "all" and tracker not in [str(available) for available in get_available_trackers()]:
+            raise EnvironmentProblem(f"--report-to {tracker}: its package is not installed")
     folder = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(folder).free
     if free < ROOM_BYTES:

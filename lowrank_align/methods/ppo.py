@@ -16,6 +16,7 @@ from lowrank_align.base import Base
 from lowrank_align.config import PPOSettings
 from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row, Shape
+from lowrank_align.memory import release_unused
 from lowrank_align.methods.method import Method, Metrics, Retry, assert_policy_is_reference
 from lowrank_align.objectives.rollout import (
     AdaptiveKL,
@@ -88,6 +89,7 @@ class PPO(Method[PPOSettings, Episode]):
         episodes, self.measured = self._judge(rows, rollouts, retry)
         if s.target_kl is not None:
             self.kl.update(self.measured["objective/kl"], len(rollouts))
+        release_unused()
         order = generator_for(torch.device("cpu"), s.seed, step, "minibatches")
         for _ in range(s.ppo_epochs):
             for places in torch.randperm(len(episodes), generator=order).tensor_split(self._minibatches(len(rows))):

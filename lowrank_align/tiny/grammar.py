@@ -46,10 +46,16 @@ DETERMINERS = ("The", "This")
 AGES = ("", "new", "old", "latest", "first", "second", "famous", "little", "popular")
 ORIGINS = ("", "French", "Danish", "Italian", "Spanish", "Korean", "Irish", "Polish")
 VERBS = ("was", "felt", "seemed")
+# fmt: off
 POSITIVE = (
-    "good charming lovely delightful impressive pleasant memorable clever elegant superb wonderful brilliant"
-).split()
-NEGATIVE = ("bad dull weak poor disappointing boring clumsy tiresome dreadful awful annoying mediocre").split()
+    "good", "charming", "lovely", "delightful", "impressive", "pleasant", "memorable", "clever", "elegant", "superb",
+    "wonderful", "brilliant",
+)
+NEGATIVE = (
+    "bad", "dull", "weak", "poor", "disappointing", "boring", "clumsy", "tiresome", "dreadful", "awful", "annoying",
+    "mediocre",
+)
+# fmt: on
 DEGREES = {"": 2, "somewhat": 1, "rather": 1, "fairly": 1, "very": 3, "truly": 3, "really": 3}
 JOINTS = ("and", "while")
 VERDICTS = {
@@ -90,7 +96,7 @@ def prompts(count: int, seed: int) -> list[str]:
 
 
 def demonstrations(count: int, seed: int, positivity: float = 0.6) -> list[dict[str, str]]:
-    """`{"prompt", "completion"}` rows written by the grammar; on average, `positivity` of the judgements are positive."""
+    """`{"prompt", "completion"}` rows written by the grammar; a share `positivity` of the judgements is positive."""
     rng = random.Random(seed)
     return [
         {
@@ -133,21 +139,11 @@ def judgements(review: str) -> list[int] | None:
 
 def vocabulary() -> list[str]:
     """Every piece of text that deserves a token of its own, leading space included, in a fixed order."""
-    running_text = [
-        *DETERMINERS,
-        *AGES,
-        *ORIGINS,
-        *VERBS,
-        *POSITIVE,
-        *NEGATIVE,
-        *DEGREES,
-        *JOINTS,
-        *VERDICTS.values(),
-        *QUESTIONS,
-    ]
+    running_text = ["the", *DETERMINERS, *AGES, *ORIGINS, *VERBS, *JOINTS, *QUESTIONS]
+    running_text += [*POSITIVE, *NEGATIVE, *DEGREES, *VERDICTS.values()]
     for domain in DOMAINS:
         running_text += [*domain.subjects, *domain.aspects, domain.once_more]
-    words = set(re.findall(r"\w+", " ".join([*running_text, "the"])))
+    words = set(re.findall(r"\w+", " ".join(running_text)))
     text_starts = ["Review", "User", "Assistant", "System", "The", "This"]
     return [*text_starts, *" \n.,:?!", *(f" {word}" for word in sorted(words))]
 

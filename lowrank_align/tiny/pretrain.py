@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -131,18 +132,25 @@ def _batches(recipe: Recipe) -> Iterator[list[tuple[str, str]]]:
 
 
 def _loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batch: list[tuple[str, str]]) -> torch.Tensor:
-    """Mean cross-entropy in nats a learnt token, `<eos>` included. Right padding is hidden by causality."""
-    contexts = tokenizer([context for context, _ in batch])["input_ids"]
-    learnt = [[*ids, EOS_ID] for ids in tokenizer([text for _, text in batch], add_special_tokens=False)["input_ids"]]
-    width = max(len(context) + len(text) for context, text in zip(contexts, learnt, strict=True))
-    ids = torch.full((len(batch), width), PAD_ID)
-    targets = torch.full((len(batch), width), IGNORED)
-    for row, (context, text) in enumerate(zip(contexts, learnt, strict=True)):
-        start, end = len(context), len(context) + len(text)
-        ids[row, :end] = torch.tensor(context + text)
-        targets[row, start:end] = ids[row, start:end]
+    """Mean cross-entropy in nats a learnt token, `<eos>` included."""
+    ids, targets = collate(tokenizer, batch)
     logits = model(ids[:, :-1], use_cache=False).logits
     return cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORED)
+
+
+def collate(tokenizer: PreTrainedTokenizerFast, batch: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(context, text) pairs to ids (B, T), padded on the right where causality hides it, and targets (B, T).
+
+    Only the text and its `<eos>` are targets: what a user types is no more to be learnt than padding.
+    """
+    contexts = tokenizer([context for context, _ in batch])["input_ids"]
+    texts = tokenizer([text for _, text in batch], add_special_tokens=False)["input_ids"]
+    rows = [torch.tensor([*context, *text, EOS_ID]) for context, text in zip(contexts, texts, strict=True)]
+    ids = pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
+    targets = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+    for row, context in enumerate(contexts):
+        targets[row, : len(context)] = IGNORED
+    return ids, targets
 
 
 def _schedule(step: int, recipe: Recipe) -> float:

@@ -18,10 +18,10 @@ class Recipe:
     heads: int = 4
     context_tokens: int = 256
     initializer_range: float = 0.08  # about 1 / sqrt(hidden_size); at Llama's 0.02 a model this narrow wakes up late
-    steps: int = 800
+    steps: int = 700
     batch_size: int = 24
-    warmup_steps: int = 20
-    learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    learning_rate: float = 4e-3
     weight_decay: float = 0.01
     chat_share: float = 0.25
     threads: int = 1  # part of the recipe, as it decides the bytes; two on busy cores take several times as long

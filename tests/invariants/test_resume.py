@@ -112,7 +112,7 @@ def test_stopped_at_every_step(run: Run) -> None:
 
 @pytest.mark.parametrize("damaged", [1, 3])
 def test_killed_and_damaged(damaged: int, run: Run) -> None:
-    """Killed at step 4, logged but not saved; of the checkpoints of steps 1 to 3 the newest, or all, are damaged too."""
+    """Killed at step 4, logged but not saved; of the checkpoints of steps 1 to 3 the newest, or all, are damaged."""
     knobs = {**STEPS, **KNOBS["sft"], "save_steps": 1, "keep_checkpoints": 3}
     whole = outcome(run("sft", ROWS["sft"], "whole", **knobs))
     with pytest.raises(ConnectionAbortedError):
