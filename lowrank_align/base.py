@@ -106,9 +106,9 @@ class Base:
         """Put a role on the base. An older one of that name is replaced, but stays where the new one cannot be added.
 
         `start_from` continues a saved adapter (a run's folder or a PEFT folder; rank and targets are the adapter's);
-        `frozen_copy_of` is the reference that DPO and PPO need; `rank` makes a new adapter that begins as the bare base;
-        with none of the three the role *is* the bare base. `head` adds a scalar head, read from `start_from` where that is a
-        reward run, else drawn with std 1/sqrt(d+1) from `seed`.
+        `frozen_copy_of` is the reference that DPO and PPO need; `rank` makes a new adapter that begins as the bare
+        base; with none of the three the role *is* the bare base. `head` adds a scalar head, read from `start_from`
+        where that is a reward run, else drawn with std 1/sqrt(d+1) from `seed`.
         """
         if name == BARE or not name.isidentifier():
             raise UserError(f"role {name!r}: use a plain name (letters, digits, _) other than {BARE!r}")
@@ -177,7 +177,7 @@ class Base:
         return self._find(role).parameters
 
     def save_role(self, name: str, folder: Path, *, as_reward: bool = False) -> str:
-        """Write the role in PEFT's own layout (a reward as SEQ_CLS with its head); returns the SHA-256 of the weights."""
+        """Write the role in PEFT's own layout (a reward as SEQ_CLS with its head); the SHA-256 of the weights."""
         role = self._find(name)
         if role.adapter is None:
             raise UserError(f"role {name!r} is the bare base; there is no adapter to save")
@@ -206,7 +206,7 @@ class Base:
             return token_scores(hidden, batch, self.logits_head, temperature=temperature)
 
     def scores(self, batch: TreeBatch, *, shifted: bool = False) -> Tensor:
-        """(N,) the active role's scalar head at each completion's last token; `shifted` centres it as `reward.json` says."""
+        """(N,) the active role's scalar head at each completion's last token, `shifted` as `reward.json` says or raw."""
         head, shift = self._head(), self.active_role.shift
         return scalar_scores(self.hidden_states(batch), batch, head) - (shift if shifted else 0.0)
 
@@ -412,7 +412,8 @@ class _BackwardInsideRole(torch.autograd.Function):
         active: Role = ctx.base.active_role
         if active is not ctx.graph.role:
             raise RuntimeError(
-                f"backward of role {ctx.graph.role.name!r} ran under role {active.name!r}; call backward inside its role"
+                f"backward of role {ctx.graph.role.name!r} ran under role {active.name!r}; "
+                "call backward inside its role"
             )
         ctx.graph.done = True
         return gradients[0], None, None

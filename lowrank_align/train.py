@@ -29,7 +29,7 @@ from lowrank_align.methods import method_class
 from lowrank_align.methods.method import Method
 from lowrank_align.plots import plot_metrics
 from lowrank_align.progress import Progress
-from lowrank_align.provenance import folder_sha256, model_card, weights_hash, write_provenance
+from lowrank_align.provenance import folder_sha256, model_card, read_provenance, weights_hash, write_provenance
 from lowrank_align.rewards import is_function, load_function
 from lowrank_align.runs import RunFolder, check_output, open_run
 from lowrank_align.stopping import StopSignals
@@ -188,10 +188,21 @@ def _check_resumable(settings: TrainSettings, out: Path, data_hash: str) -> None
             raise UserError(
                 f"--resume: {name} is {now[name]!r} here but {before[name]!r} in {out}; use the run's, or a new --out"
             )
-    record = out / "provenance.json"
-    known = json.loads(record.read_text()).get("data_hash") if record.is_file() else None
-    if known not in (None, data_hash):
-        raise UserError(f"--resume: {settings.rows} has changed since {out} began; put it back, or use a new --out")
+    record = read_provenance(out) or {}
+    sources = [
+        (settings.rows, record.get("data_hash"), data_hash),
+        (settings.model, record.get("base_hash"), weights_hash(model_folder(settings.model))),
+    ]
+    if settings.adapter is not None:  # with other bytes, DPO and PPO would get another reference half-way
+        begun = (record.get("parent") or {}).get("adapter_hash")
+        sources.append((settings.adapter, begun, _adapter_hash(settings.adapter)))
+    for source, before_hash, hash_now in sources:
+        if before_hash not in (None, hash_now):
+            raise UserError(f"--resume: {source} has changed since {out} began; put it back, or use a new --out")
+
+
+def _adapter_hash(start: str) -> str:
+    return folder_sha256([adapters.locate(start) / adapters.WEIGHTS])
 
 
 def _finished_before(out: Path) -> Summary | None:
@@ -219,8 +230,7 @@ def _provenance(method: Method[Any, Any], data_hash: str) -> dict[str, Any]:
     tokenizer_files = [base.path / name for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")]
     parent = None
     if s.adapter is not None:
-        folder = adapters.locate(s.adapter)
-        parent = {"run": s.adapter, "adapter_hash": folder_sha256([folder / adapters.WEIGHTS])}
+        parent = {"run": s.adapter, "adapter_hash": _adapter_hash(s.adapter)}
     return {
         "base": base.name,
         "base_hash": base.weights_hash,

@@ -504,7 +504,7 @@ def _pairs(base: Base, first: str, second: str, part: str) -> list[tuple[Tensor,
 
 def test_an_adapter_on_the_head_speaks_and_scores_alike(load_base: LoadBase, speak: Speak, random_row: MakeRow) -> None:
     """LoRA on `lm_head` changes what the model generates, so it must change what is scored."""
-    base = load_base("llama")
+    base = load_base("llama", fresh=True)
     base.add_role("policy", rank=4, target_modules=["q_proj", "lm_head"])
     speak(base, "policy")
     row = random_row(5, 4)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,14 +26,14 @@ def prompts(random_row: Callable[..., TreeRow]) -> list[list[int]]:
 
 
 def greedy(base: Base, prompts: list[list[int]], end: int = NEVER, **options: Any) -> list[list[Any]]:
-    options = {"max_new_tokens": 8, "generator": torch.Generator(), "temperature": 0.0} | options
+    options = {"max_new_tokens": 7, "generator": torch.Generator(), "temperature": 0.0} | options
     return sample(base, prompts, end_ids=[end], **options)
 
 
 def plain_greedy(base: Base, prompts: list[list[int]]) -> list[list[int]]:
     """transformers alone, a prompt at a time."""
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32).eval()
-    config = GenerationConfig(do_sample=False, max_new_tokens=8, eos_token_id=NEVER, pad_token_id=0)
+    config = GenerationConfig(do_sample=False, max_new_tokens=7, eos_token_id=NEVER, pad_token_id=0)
     found = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -45,15 +46,14 @@ def plain_greedy(base: Base, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def check_greedy(base: Base, prompts: list[list[int]]) -> None:
-    """One at a time, left-padded together, in batches of two, and three of each from one prefill: always the same."""
+    """Left-padded together, in batches of two, and three of each from one prefill: always what each alone gives."""
     expected = plain_greedy(base, prompts)
     assert len(set(map(tuple, expected))) == len(prompts)
     together = greedy(base, prompts)
     assert [[r.ids for r in group] for group in together] == [[ids] for ids in expected]
     assert [group[0].prompt_ids for group in together] == prompts
-    assert [r.ids for prompt in prompts for r in greedy(base, [prompt])[0]] == expected
     assert [group[0].ids for group in greedy(base, prompts, batch_size=2)] == expected
-    for batch_size in (32, 6, 1):
+    for batch_size in (32, 6):
         groups = greedy(base, prompts, completions_per_prompt=3, batch_size=batch_size)
         assert [[r.ids for r in group] for group in groups] == [[ids] * 3 for ids in expected]
 
@@ -66,7 +66,7 @@ def test_greedy_is_transformers_own(load_base: LoadBase, prompts: list[list[int]
 def test_recurrent_models_batch_equal_lengths(
     load_base: LoadBase, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, hybrid: str
 ) -> None:
-    """Their state would run over left padding. Of lengths 9, 4, 1, 9 and 6, only the first and the fourth go together."""
+    """Their state would run over left padding. Of lengths 9, 4, 1, 9 and 6, only first and fourth go together."""
     base = load_base(hybrid)
     check_greedy(base, prompts)
     batches: list[list[int]] = []
@@ -112,11 +112,10 @@ def test_the_active_role_speaks(load_base: LoadBase, prompts: list[list[int]], s
 
 
 def test_ends_after_the_end_token(load_base: LoadBase, prompts: list[list[int]]) -> None:
-    """The end token is taken from one prompt's own answer: that one stops there, and keeps it; the others go on."""
+    """The end token is taken from the midst of one prompt's own answer: that one stops there, and keeps it."""
     base = load_base("llama")
     free = [group[0].ids for group in greedy(base, prompts)]
-    end = free[1][3]
-    assert end not in free[1][:3]
+    end = next(token for place, token in enumerate(free[1]) if place > 1 and token not in free[1][:place])
     for copies in (1, 2):
         for ids, group in zip(free, greedy(base, prompts, end=end, completions_per_prompt=copies), strict=True):
             stop = ids.index(end) + 1 if end in ids else len(ids)
@@ -133,12 +132,12 @@ def test_several_end_tokens_or_none(load_base: LoadBase, prompts: list[list[int]
         base,
         prompts[:1],
         end_ids=[free[3], free[1]],
-        max_new_tokens=8,
+        max_new_tokens=7,
         generator=torch.Generator(),
         temperature=0.0,
     )
     assert group[0].ids == free[:2]
-    (group,) = sample(base, prompts[:1], end_ids=[], max_new_tokens=8, generator=torch.Generator(), temperature=0.0)
+    (group,) = sample(base, prompts[:1], end_ids=[], max_new_tokens=7, generator=torch.Generator(), temperature=0.0)
     assert (group[0].ids, group[0].finished) == (free, False)
 
 
@@ -146,7 +145,7 @@ def test_pad_is_not_the_end(load_base: LoadBase, prompts: list[list[int]], monke
     """A model may well say its pad token; that is a token like any other."""
     base = load_base("llama")
     expected = greedy(base, prompts)
-    monkeypatch.setattr(base.tokenizer, "pad_token_id", expected[1][0].ids[2])
+    monkeypatch.setattr(base, "tokenizer", SimpleNamespace(pad_token_id=expected[1][0].ids[2]))
     assert greedy(base, prompts) == expected
     assert greedy(base, prompts, completions_per_prompt=2) == [group * 2 for group in expected]
 
@@ -278,10 +277,8 @@ def test_seeds_have_a_purpose() -> None:
     """The first 8 bytes of the SHA-256 of what it is for, as a big-endian number without its last bit."""
     digest = hashlib.sha256(b"5/2/rollouts").hexdigest()
     assert seed_of(5, 2, "rollouts") == int(digest[:16], 16) // 2
-    assert (
-        len({seed_of(5, 2, "rollouts"), seed_of(5, 2, "samples"), seed_of(52, "rollouts"), seed_of(5, 3, "rollouts")})
-        == 4
-    )
+    others = [seed_of(5, 2, "samples"), seed_of(52, "rollouts"), seed_of(5, 3, "rollouts")]
+    assert len({seed_of(5, 2, "rollouts"), *others}) == 4
     cpu = torch.device("cpu")
     assert torch.equal(
         torch.rand(3, generator=generator_for(cpu, 5, 2, "rollouts")),

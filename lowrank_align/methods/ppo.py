@@ -116,6 +116,7 @@ class PPO(Method[PPOSettings, Episode]):
             policy = ppo_policy_loss(scores.per_token_logps, old_logps, advantages, mask, s.clip_range)
             policy_loss = policy.loss.sum() / weight
             self.backward(policy_loss)
+        release_unused()  # on CPU the heap of the policy's pass would otherwise lie beside that of the value's
         with self.base.role("value"):
             values = self.base.values(batch)
             value = ppo_value_loss(values, old_values, returns, mask, s.clip_range_value)

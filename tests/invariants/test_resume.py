@@ -61,12 +61,15 @@ def reward_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     KNOBS["ppo"]["reward"] = "resume_reward:vowels"
 
 
-def stop_and_resume(run: Run, method: str, name: str, at: int, **knobs: Any) -> Path:
+def stop_at(step: int, run: Run, method: str, name: str, **knobs: Any) -> None:
+    """The run, up to the end of that step."""
     stop = StopSignals()
-    with pytest.raises(Stopped, match=f"stopped at step {at} of 5.*--resume") as stopped:
-        run(method, ROWS[method], name, progress=StopAt(at, stop), stop=stop, **knobs)
+    message = (
+        f"{name}: stopped at step {step} of {knobs['max_steps']} and saved; the same command with --resume goes on"
+    )
+    with pytest.raises(Stopped, match=message) as stopped:
+        run(method, ROWS[method], name, progress=StopAt(step, stop), stop=stop, **knobs)
     assert stopped.value.exit_code == EXIT_RESUMABLE
-    return run(method, ROWS[method], name, resume=True, **knobs)
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -89,7 +92,8 @@ def test_stopped_and_resumed(method: str, run: Run) -> None:
     knobs = {**STEPS, **KNOBS[method]}
     whole = outcome(run(method, ROWS[method], "whole", **knobs))
     torch.rand(7)  # the state of the global generator must not matter
-    assert outcome(stop_and_resume(run, method, "stopped", 2, **knobs)) == whole
+    stop_at(2, run, method, "stopped", **knobs)
+    assert outcome(run(method, ROWS[method], "stopped", resume=True, **knobs)) == whole
     assert ("value/adapter_model.safetensors" in whole) == (method == "ppo")
     assert ("reward.json" in whole) == (method == "reward")
     losses = [line["loss"] for line in whole["metrics.jsonl"]]
@@ -99,14 +103,21 @@ def test_stopped_and_resumed(method: str, run: Run) -> None:
         assert coefficients[2] != coefficients[0], "the adaptive KL did not move before the stop"
 
 
+def test_nothing_to_resume_from(run: Run) -> None:
+    """--resume starts where there is no run, also where there is one that was killed before its first checkpoint."""
+    knobs = {**STEPS, **KNOBS["dpo"], "resume": True}
+    fresh = outcome(run("dpo", PAIRS, "fresh", **knobs))
+    with pytest.raises(ConnectionAbortedError):
+        run("dpo", PAIRS, "killed", progress=StopAt(3), **knobs)
+    assert outcome(run("dpo", PAIRS, "killed", **knobs)) == fresh
+
+
 def test_stopped_at_every_step(run: Run) -> None:
     """Four stops in one run of five steps."""
     knobs = {**STEPS, **KNOBS["dpo"]}
     whole = outcome(run("dpo", PAIRS, "whole", **knobs))
     for at in (1, 2, 3, 4):
-        stop = StopSignals()
-        with pytest.raises(Stopped):
-            run("dpo", PAIRS, "often", progress=StopAt(at, stop), stop=stop, **{**knobs, "resume": at > 1})
+        stop_at(at, run, "dpo", "often", **knobs, resume=at > 1)
     assert outcome(run("dpo", PAIRS, "often", resume=True, **knobs)) == whole
 
 
@@ -134,9 +145,7 @@ def test_resumed_in_another_process_state(run: Run, tiny_llama: Path, tmp_path: 
 
     knobs = {**STEPS, **KNOBS["dpo"], "model": str(tiny_llama), "quantize": "none"}
     whole = outcome(run("dpo", PAIRS, "whole", **knobs))
-    stop = StopSignals()
-    with pytest.raises(Stopped):
-        run("dpo", PAIRS, "again", progress=StopAt(3, stop), stop=stop, **knobs)
+    stop_at(3, run, "dpo", "again", **knobs)
     assert read_yaml(tmp_path / "again" / "config.yaml")["learning_rate"] == STEPS["learning_rate"]
     assert main(["dpo", "--config", str(tmp_path / "again" / "config.yaml"), "--resume"]) == 0
     assert outcome(tmp_path / "again") == whole
@@ -169,9 +178,7 @@ def test_a_finished_run_is_left_alone(run: Run, monkeypatch: pytest.MonkeyPatch)
 )
 def test_another_run_is_not_resumed(change: dict[str, Any], named: str, run: Run) -> None:
     knobs = {**STEPS, **KNOBS["dpo"]}
-    stop = StopSignals()
-    with pytest.raises(Stopped):
-        run("dpo", PAIRS, "run", progress=StopAt(2, stop), stop=stop, **knobs)
+    stop_at(2, run, "dpo", "run", **knobs)
     with pytest.raises(UserError, match=named) as refused:
         run("dpo", PAIRS, "run", resume=True, **(knobs | change))
     assert refused.value.exit_code == EXIT_DATA_OR_CONFIG
@@ -179,21 +186,35 @@ def test_another_run_is_not_resumed(change: dict[str, Any], named: str, run: Run
 
 def test_other_data_is_not_resumed(run: Run) -> None:
     knobs = {**STEPS, **KNOBS["dpo"]}
-    stop = StopSignals()
-    with pytest.raises(Stopped):
-        run("dpo", PAIRS, "run", progress=StopAt(2, stop), stop=stop, **knobs)
+    stop_at(2, run, "dpo", "run", **knobs)
     with pytest.raises(UserError, match=r"rows\.jsonl has changed since .*run began") as refused:
         run("dpo", PAIRS[1:], "run", resume=True, **knobs)
     assert refused.value.exit_code == EXIT_DATA_OR_CONFIG
+
+
+def test_another_start_is_not_resumed(run: Run) -> None:
+    """The adapter was trained anew in the same place: DPO's reference would change half-way without a word."""
+    knobs = {**STEPS, "adapter": str(run("sft", ROWS["sft"], "start", max_steps=1))}
+    stop_at(2, run, "dpo", "run", **knobs)
+    run("sft", ROWS["sft"], "start", max_steps=2, overwrite=True)
+    with pytest.raises(UserError, match="start has changed since .*run began"):
+        run("dpo", PAIRS, "run", resume=True, **knobs)
+
+
+def test_another_base_is_not_resumed(run: Run, tmp_path: Path, tiny_base: Any) -> None:
+    """As if the weights in the model's folder had been others when the run began."""
+    stop_at(2, run, "dpo", "run", **STEPS)
+    record = tmp_path / "run" / "provenance.json"
+    record.write_text(record.read_text().replace(tiny_base.weights_hash, "0" * 64))
+    with pytest.raises(UserError, match="tiny_llama has changed since .*run began"):
+        run("dpo", PAIRS, "run", resume=True, **STEPS)
 
 
 def test_longer_than_at_first(run: Run) -> None:
     """--max-steps may grow: with a constant rate, 2 steps and then 3 are 5 steps."""
     knobs = {**STEPS, "lr_schedule": "constant", "warmup_ratio": 0.0}
     whole = outcome(run("dpo", PAIRS, "whole", **knobs))
-    stop = StopSignals()
-    with pytest.raises(Stopped, match="stopped at step 2 of 3"):
-        run("dpo", PAIRS, "run", progress=StopAt(2, stop), stop=stop, **(knobs | {"max_steps": 3}))
+    stop_at(2, run, "dpo", "run", **(knobs | {"max_steps": 3}))
     assert outcome(run("dpo", PAIRS, "run", resume=True, **knobs)) == whole
 
 
