@@ -106,8 +106,10 @@ def make_inputs(folder: Path) -> None:
     def text(count: int) -> str:
         return " ".join(rng.choices(words[3:], k=count))
 
-    demonstrations = [{"prompt": text(PROMPT_TOKENS) + " ", "completion": text(COMPLETION_TOKENS - 1)} for _ in range(ROWS)]
-    pairs = [{"prompt": d["prompt"], "chosen": d["completion"], "rejected": text(COMPLETION_TOKENS - 1)} for d in demonstrations]
+    prompts = [text(PROMPT_TOKENS) + " " for _ in range(ROWS)]
+    answers = [(text(COMPLETION_TOKENS - 1), text(COMPLETION_TOKENS - 1)) for _ in range(ROWS)]
+    demonstrations = [{"prompt": p, "completion": a} for p, (a, _) in zip(prompts, answers, strict=True)]
+    pairs = [{"prompt": p, "chosen": a, "rejected": b} for p, (a, b) in zip(prompts, answers, strict=True)]
     for name, rows in (("sft", demonstrations), ("pairs", pairs)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

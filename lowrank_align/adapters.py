@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_align.checkpoint import write_atomic
-from lowrank_align.errors import NumericError, UserError
-from lowrank_align.provenance import check_same_base
+from lowrank_align.errors import NumericError, UserError, nearest
+from lowrank_align.provenance import check_same_base, folder_sha256
 
 Kind = Literal["policy", "reward"]
 WEIGHTS, CONFIG, REWARD = "adapter_model.safetensors", "adapter_config.json", "reward.json"
@@ -70,15 +70,13 @@ def check_before_load(start_from: str | Path, kind: Kind | None, base_name: str,
     The base's layers come from its `config`, built without weights; of the adapter only the file's header is read.
     """
     folder = locate(start_from, kind)
-    check_same_base(_run_of(folder), base_name, base_hash)
+    check_same_base(run_of(folder), base_name, base_hash)
     lora = _peft_config(folder)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
     needed = {
         f"{name}.{part}.weight"
-        for name, module in skeleton.named_modules()
+        for name in _linear_layers(config)
         for part in ("lora_A", "lora_B")
-        if isinstance(module, nn.Linear | Conv1D) and check_target_module_exists(lora, name)
+        if check_target_module_exists(lora, name)
     }
     needed |= {HEAD} if lora.task_type == "SEQ_CLS" else set()
     try:
@@ -90,10 +88,25 @@ def check_before_load(start_from: str | Path, kind: Kind | None, base_name: str,
         raise UserError(_incomplete(start_from, missing))
 
 
+def check_targets(targets: list[str], config: Any) -> None:
+    """UserError for the first name that no linear layer of the base has: PEFT passes over it while others match."""
+    layers = _linear_layers(config)
+    for target in targets:
+        if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
+            last_names = sorted({layer.rsplit(".", 1)[-1] for layer in layers})
+            known = f"{nearest(target, last_names)} (there are: {', '.join(last_names)})"
+            raise UserError(f"target_modules: {target}: no such linear layer{known}")
+
+
+def weights_sha256(start_from: str | Path) -> str:
+    """The hash of an adapter's file, for `provenance.json`."""
+    return folder_sha256([locate(start_from) / WEIGHTS])
+
+
 def read(start_from: str | Path, base_name: str, base_hash: str) -> Saved:
     """Read an adapter made for this base; one made for another base, or damaged, is a UserError."""
     folder = locate(start_from)
-    run = _run_of(folder)
+    run = run_of(folder)
     check_same_base(run, base_name, base_hash)
     config = _peft_config(folder)
     try:
@@ -143,12 +156,23 @@ def write(
     return hashlib.sha256(content).hexdigest()
 
 
+def _linear_layers(config: Any) -> list[str]:
+    """The names of the layers that can have an adapter, from the model built without weights."""
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise UserError(f"a {config.model_type} is no causal language model; give one as --model") from error
+    return [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
 def _incomplete(folder: str | Path, missing: list[str]) -> str:
     what = f"{len(missing)} tensors missing (first: {missing[0]})"
     return f"{folder}: {what}; the adapter is incomplete, or made for another base"
 
 
-def _run_of(folder: Path) -> Path:
+def run_of(folder: Path) -> Path:
+    """The run that an adapter's folder, as `locate` gives it, belongs to; a plain PEFT adapter is its own."""
     return folder.parent if folder.name == "adapter" else folder
 
 

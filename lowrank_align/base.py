@@ -206,7 +206,7 @@ class Base:
             return token_scores(hidden, batch, self.logits_head, temperature=temperature)
 
     def scores(self, batch: TreeBatch, *, shifted: bool = False) -> Tensor:
-        """(N,) the active role's scalar head at each completion's last token, `shifted` as `reward.json` says or raw."""
+        """(N,) the active role's scalar head at each completion's last token, raw or `shifted` (`reward.json`)."""
         head, shift = self._head(), self.active_role.shift
         return scalar_scores(self.hidden_states(batch), batch, head) - (shift if shifted else 0.0)
 
@@ -231,7 +231,7 @@ class Base:
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     def copies_in_memory(self) -> int:
-        """How many tensors in this process hold the content of the base's largest layer: 1 as long as roles share it."""
+        """How many tensors of this process hold the content of the base's largest layer: 1 where all roles share it."""
         embeddings = {id(self.model.get_input_embeddings().weight), id(self.model.get_output_embeddings().weight)}
         sample = max((p for p in self._frozen if id(p) not in embeddings), key=Tensor.numel)
         tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
@@ -312,7 +312,7 @@ class Base:
         self._lora_layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
         for layer in self._lora_layers:
             layer.delete_adapter(adapter)
-        self.model.peft_config.pop(adapter, None)
+        getattr(self.model, "peft_config", {}).pop(adapter, None)  # the model's first has left none where it failed
         self._activate(self._stack[-1].role)
 
     def _from_saved(self, name: str, saved: adapters.Saved, trainable: bool, dropout: float) -> Role:

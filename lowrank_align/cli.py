@@ -1,14 +1,16 @@
-"""The command line: thin, made from the settings in `config.py`; what takes time to import is imported in its command."""
+"""The command line: thin, made from the settings in `config.py`; what is slow to import, its command imports."""
 
 import argparse
+import io
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -22,7 +24,14 @@ from lowrank_align.config import (
     ShowSettings,
     resolve,
 )
-from lowrank_align.errors import EXIT_DONE, EXIT_RESUMABLE, UserError
+from lowrank_align.errors import (
+    EXIT_DATA_OR_CONFIG,
+    EXIT_DONE,
+    EXIT_ENVIRONMENT,
+    EXIT_RESUMABLE,
+    UserError,
+    nearest,
+)
 
 SHORT_FLAGS = {"completions": "-n", "rows": "-n"}
 OTHER_COMMANDS: dict[str, type[Settings]] = {
@@ -31,12 +40,17 @@ OTHER_COMMANDS: dict[str, type[Settings]] = {
     "logps": LogpsSettings,
     "show": ShowSettings,
 }
+COMMANDS = ("demo", *METHODS, *OTHER_COMMANDS, "runs")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # the words of torch on GPUs and on CPUs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code (see `errors.py`). A user's mistake is one line on stderr."""
-    parser = make_parser()
-    arguments = vars(parser.parse_args(argv))
+    _print_anything()
+    parser, words = make_parser(), sys.argv[1:] if argv is None else list(argv)
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        parser.error(f"{words[0]}: no such command{nearest(words[0], COMMANDS)} (there are: {', '.join(COMMANDS)})")
+    arguments = vars(parser.parse_args(words))
     command = arguments.pop("command")
     if command is None:
         parser.print_help()
@@ -53,13 +67,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
+    except OSError as error:  # no permission, a full disk, a name that is too long: wherever nothing better was said
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error).splitlines()[0]
+        print(f"error: {what}", file=sys.stderr)
+        return EXIT_ENVIRONMENT
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        print("error: out of memory; take a smaller model, --batch-size, --max-length or --rank", file=sys.stderr)
+        return EXIT_ENVIRONMENT
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a mistake, with the nearest flag. No abbreviations: a new knob would change what they mean."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
+            known = re.findall(r"--[\w-]+", self.format_usage())
+            named = ", ".join(f"{flag}: no such flag{nearest(flag, known)}" for flag in flags)
+            self.error(named or f"{unknown[0]}: unexpected; every value needs its flag")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_DATA_OR_CONFIG, f"error: {message}\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """All commands with their flags; nothing heavy is imported for it."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lowrank-align",
-        description="Align a language model to your own taste on one GPU: every role an adapter on one frozen 4-bit base.",
+        description="Align a language model to your own taste on one GPU: roles are adapters on one frozen 4-bit base.",
     )
     parser.add_argument("--version", action="version", version=f"lowrank-align {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -120,13 +162,20 @@ def _runs(folder: str, compare: list[str] | None, delete: str | None, yes: bool)
         print_comparison(Path(compare[0]), Path(compare[1]), console)
     elif delete:
         console.print(deletion_notice(Path(delete)), markup=False)
-        if not yes and input("delete? [y/N] ").strip().lower() not in ("y", "yes"):
+        if not yes and not _confirmed():
             console.print("kept")
             return EXIT_DONE
         console.print(delete_run(Path(delete)), markup=False)
     else:
         print_runs(Path(folder), console)
     return EXIT_DONE
+
+
+def _confirmed() -> bool:
+    try:
+        return input("delete? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:  # nobody there to answer
+        return False
 
 
 def _add_command(commands: Any, name: str, settings: type[Settings]) -> None:
@@ -141,14 +190,10 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, info: FieldInfo) -> No
     """One flag a field. Values stay text: pydantic reads and checks them, for flags and YAML alike."""
     flags = [f"--{name.replace('_', '-')}", *([SHORT_FLAGS[name]] if name in SHORT_FLAGS else [])]
     description = " ".join((info.description or "").split()).replace("%", "%%")
-    if not info.is_required() and info.default not in (None, False, []):
-        description += f" (default: {info.default})"
-    options: dict[str, Any] = {"default": None, "dest": name, "help": description}
+    options: dict[str, Any] = {"default": None, "dest": name, "help": description + _shown_default(info)}
     kinds = _kinds(info.annotation)
     if bool in kinds:
-        options["action"] = argparse.BooleanOptionalAction if info.default else "store_const"
-        if not info.default:
-            options["const"] = True
+        options["action"] = argparse.BooleanOptionalAction
     elif list in kinds:
         options |= {"nargs": "+", "metavar": "NAME"}
     else:
@@ -157,6 +202,16 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, info: FieldInfo) -> No
         metavar = "|".join(choices) or next((numbers[kind] for kind in kinds if kind in numbers), name.upper())
         options["metavar"] = metavar
     parser.add_argument(*flags, **options)
+
+
+def _shown_default(info: FieldInfo) -> str:
+    """None says nothing: what it means is in the description."""
+    if info.is_required() or info.default is None:
+        return ""
+    shown = info.default or "none" if isinstance(info.default, list) else info.default
+    if isinstance(shown, bool):
+        shown = "yes" if shown else "no"
+    return f" (default: {shown})"
 
 
 def _kinds(annotation: Any) -> list[Any]:
@@ -169,6 +224,13 @@ def _kinds(annotation: Any) -> list[Any]:
     return [annotation if origin is None or origin is Literal else origin]
 
 
+def _print_anything() -> None:
+    """What a terminal's encoding lacks is escaped instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _quiet_libraries() -> None:
     """Our own log lines, and of the libraries' only what is wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -176,3 +238,4 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module=r"(transformers|peft|bitsandbytes|torch|accelerate)\b")
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler")  # a first step that is not finite

@@ -1,6 +1,7 @@
 """The commands that use a model without training it: generate, score, logps, show."""
 
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import compress
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from transformers import AutoConfig
 
 from lowrank_align import adapters
 from lowrank_align.base import BARE, Base
@@ -24,24 +24,28 @@ from lowrank_align.config import (
 )
 from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import Row, Shape
-from lowrank_align.data.load import load_rows
+from lowrank_align.data.load import Loaded, load_rows
 from lowrank_align.data.show import print_rows
 from lowrank_align.errors import EnvironmentProblem, UserError
-from lowrank_align.loading import model_folder, pick_device, read_tokenizer
+from lowrank_align.loading import check_device, model_folder, read_config, read_tokenizer
 from lowrank_align.provenance import weights_hash
 from lowrank_align.rollout import generator_for, sample
+from lowrank_align.runs import check_place
 from lowrank_align.trees import TreeBatch, TreeRow
 
 WITH_COMPLETIONS = frozenset({Shape.demonstration, Shape.pair, Shape.ranking, Shape.unpaired, Shape.scored})
 
+Line = TreeRow | str  # a row's tokens, or why it has none
+
 
 def generate(settings: GenerateSettings) -> None:
     """Write `{"prompt", "completion", "finished"}`, a line a completion, in the order of the prompts."""
-    _check_out(settings.out, settings.overwrite)
-    rows = load_rows(settings.prompts, expect={Shape.prompts}).rows
-    base = _load(settings, "policy")
-    renderer = _renderer(base, settings)
-    rows, prompts = _that_fit(rows, renderer, settings.max_new_tokens, base.context_tokens)
+    _check_before(settings, "policy")
+    loaded = load_rows(settings.prompts, expect={Shape.prompts})
+    _tell_conversions(loaded, settings.prompts)
+    renderer = _renderer(settings)
+    rows, prompts = _that_fit(loaded.rows, renderer, settings.max_new_tokens)
+    base = _load(settings)
     generator = generator_for(base.device, settings.seed, "generate")
     lines: list[dict[str, Any]] = []
     with base.role(_role(settings)):
@@ -62,97 +66,117 @@ def generate(settings: GenerateSettings) -> None:
     _write(settings.out, lines)
 
 
-def _that_fit(
-    rows: list[Row], renderer: Renderer, max_new_tokens: int, context: int
-) -> tuple[list[Row], list[list[int]]]:
+def _that_fit(rows: list[Row], renderer: Renderer, max_new_tokens: int) -> tuple[list[Row], list[list[int]]]:
     """The rows whose prompt leaves room for an answer, and their ids; the others are counted and named."""
     every = [renderer.prompt_ids(row) for row in rows]
-    fits = [len(ids) + max_new_tokens <= context for ids in every]
+    fits = [len(ids) + max_new_tokens <= renderer.max_length for ids in every]
     left_out = [row.where for row, fit in zip(rows, fits, strict=True) if not fit]
+    room = f"no room for {max_new_tokens} new tokens within max_length {renderer.max_length}"
     if len(left_out) == len(rows):
-        raise UserError(f"{rows[0].where}: no prompt leaves room for {max_new_tokens} new tokens in the model's context of "
-                        f"{context}; lower --max-new-tokens")  # fmt: skip
+        raise UserError(f"{left_out[0]}: {room}, nor for any other prompt; lower --max-new-tokens")
     if left_out:
-        print(f"{len(left_out)} of {len(rows)} prompts left out: no room for {max_new_tokens} new tokens in the model's "
-              f"context of {context}: {', '.join(left_out)}")  # fmt: skip
+        print(f"{len(left_out)} of {len(rows)} prompts left out, {room}: {', '.join(left_out)}")
     return list(compress(rows, fits)), list(compress(every, fits))
 
 
 def score(settings: ScoreSettings) -> None:
     """Write `{"scores": [one a completion]}`, a line a row; null with the reason where a row does not fit."""
-    _check_out(settings.out, settings.overwrite)
-    base, batches = _prepare(settings, "reward")
+    _check_before(settings, "reward")
+    if settings.shifted and not (adapters.run_of(adapters.locate(settings.adapter)) / adapters.REWARD).is_file():
+        raise UserError(f"--shifted: {settings.adapter} has no {adapters.REWARD}, so no shift; leave --shifted out")
+    rows = _rows(settings)
+    base = _load(settings)
     lines: list[dict[str, Any]] = []
     with base.role("adapter"), torch.no_grad():
-        for batch, trees, reasons in batches:
+        for part, batch in _collated(base, rows, settings.batch_size):
             found = base.scores(batch, shifted=settings.shifted).tolist() if batch else []
-            lines += _per_row("scores", [found], trees, reasons)
+            lines += _per_row("scores", [found], part)
     _write(settings.out, lines)
 
 
 def logps(settings: LogpsSettings) -> None:
     """Write `{"logps": [one a completion], "num_tokens": [...]}`, a line a row, in nats over the trained tokens."""
-    _check_out(settings.out, settings.overwrite)
-    base, batches = _prepare(settings, "policy")
+    _check_before(settings, "policy")
+    rows = _rows(settings)
+    base = _load(settings)
     lines: list[dict[str, Any]] = []
     with base.role(_role(settings)), torch.no_grad():
-        for batch, trees, reasons in batches:
+        for part, batch in _collated(base, rows, settings.batch_size):
             found = [base.token_scores(batch).logps.tolist(), batch.num_tokens.tolist()] if batch else [[], []]
-            lines += _per_row("logps num_tokens", found, trees, reasons)
+            lines += _per_row("logps num_tokens", found, part)
     _write(settings.out, lines)
 
 
 def show(settings: ShowSettings) -> None:
     """Print rows as the model will see them."""
     rows = load_rows(settings.data, expect=WITH_COMPLETIONS).rows[: settings.rows]
+    print_rows(_renderer(settings), rows, settings.rows, Console(highlight=False))
+
+
+# ---- before the model loads
+
+
+def _check_before(settings: RowsSettings | GenerateSettings, kind: adapters.Kind) -> None:
+    """The file to write, the machine, the model's folder and the adapter."""
+    out = Path(settings.out).expanduser()
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; name a .jsonl file with --out")
+    if out.exists() and not settings.overwrite:
+        raise UserError(f"{out}: exists; --overwrite replaces it")
+    check_place(out)
+    check_device(settings.device, settings.quantize, settings.attention)
+    if settings.adapter is not None:
+        config, folder = read_config(settings.model), model_folder(settings.model)
+        adapters.check_before_load(settings.adapter, kind, settings.model, weights_hash(folder), config)
+
+
+def _renderer(settings: ModelSettings | ShowSettings) -> Renderer:
     tokenizer, context = read_tokenizer(settings.model)
-    renderer = Renderer(
+    return Renderer(
         tokenizer,
         chat_template=settings.chat_template,
-        train_on=settings.train_on,
+        train_on=getattr(settings, "train_on", "all"),
         max_length=min(settings.max_length, context),
     )
-    print_rows(renderer, rows, settings.rows, Console(highlight=False))
 
 
-def _prepare(
-    settings: RowsSettings, kind: adapters.Kind
-) -> tuple[Base, Iterator[tuple[TreeBatch | None, list[TreeRow | None], list[str | None]]]]:
-    """The base with its adapter, and the file's rows as batches; rows that do not fit keep their place, with a reason."""
-    rows = load_rows(settings.data, expect=WITH_COMPLETIONS).rows
-    base = _load(settings, kind)
-    renderer = _renderer(base, settings, settings.train_on)
-    rendered = [renderer.tree_row(row) for row in rows]
-
-    def batches() -> Iterator[tuple[TreeBatch | None, list[TreeRow | None], list[str | None]]]:
-        for places in _batches(len(rows), settings.batch_size):
-            trees = [rendered[i].tree for i in places]
-            present = [tree for tree in trees if tree is not None]
-            yield (base.collate(present) if present else None), trees, [rendered[i].dropped for i in places]
-
-    return base, batches()
-
-
-def _per_row(
-    names: str, columns: Sequence[list[float]], trees: Sequence[TreeRow | None], reasons: Sequence[str | None]
-) -> Iterator[dict[str, Any]]:
-    """Cut the batch's columns (N,) into the rows' completions."""
-    start = 0
-    for tree, reason in zip(trees, reasons, strict=True):
-        if tree is None:
-            yield {name: None for name in names.split()} | {"reason": reason}
+def _rows(settings: RowsSettings) -> list[Line]:
+    """Every row of the file in its place. With --skip-bad, bad ones too have a place, and their error."""
+    with tempfile.TemporaryDirectory() as scratch:
+        aside = Path(scratch) / "bad_rows.jsonl"
+        loaded = load_rows(settings.data, expect=WITH_COMPLETIONS, skip_bad=aside if settings.skip_bad else None)
+        bad = [json.loads(line)["error"] for line in aside.read_text().splitlines()] if loaded.skipped else []
+    _tell_conversions(loaded, settings.data)
+    renderer, cut = _renderer(settings), 0
+    good, errors = {row.index: row for row in loaded.rows}, iter(bad)
+    lines: list[Line] = []
+    for place in range(len(loaded.rows) + loaded.skipped):
+        if place not in good:
+            lines.append(next(errors))
             continue
-        end = start + len(tree.completions)
-        yield {name: column[start:end] for name, column in zip(names.split(), columns, strict=True)}
-        start = end
+        try:
+            rendered = renderer.tree_row(good[place])
+        except UserError as error:
+            if not settings.skip_bad:
+                raise
+            lines.append(str(error))
+            continue
+        cut += rendered.truncated_tokens > 0
+        lines.append(rendered.tree or str(rendered.dropped))
+    if cut:
+        print(f"{settings.data}: {cut} of {len(lines)} rows cut at max_length {renderer.max_length}")
+    return lines
 
 
-def _load(settings: ModelSettings, kind: adapters.Kind) -> Base:
-    pick_device(settings.device)
-    folder = model_folder(settings.model)
-    if settings.adapter is not None:
-        config = AutoConfig.from_pretrained(folder)
-        adapters.check_before_load(settings.adapter, kind, settings.model, weights_hash(folder), config)
+def _tell_conversions(loaded: Loaded, source: str) -> None:
+    for name, count in loaded.conversions.items():
+        print(f"{source}: {count} rows read as {name}")
+
+
+# ---- with the model
+
+
+def _load(settings: ModelSettings) -> Base:
     base = Base.load(
         settings.model,
         quantize=settings.quantize,
@@ -170,19 +194,36 @@ def _role(settings: ModelSettings) -> str:
     return BARE if settings.adapter is None else "adapter"
 
 
-def _renderer(base: Base, settings: ModelSettings, train_on: Any = "all") -> Renderer:
-    return Renderer(
-        base.tokenizer,
-        chat_template=settings.chat_template,
-        train_on=train_on,
-        max_length=min(settings.max_length, base.context_tokens),
-    )
+def _collated(base: Base, lines: Sequence[Line], size: int) -> Iterator[tuple[Sequence[Line], TreeBatch | None]]:
+    """The lines, `size` at a time, with the batch of those that have tokens."""
+    for places in _batches(len(lines), size):
+        part = lines[places.start : places.stop]
+        trees = [line for line in part if isinstance(line, TreeRow)]
+        yield part, base.collate(trees) if trees else None
+
+
+def _per_row(names: str, columns: Sequence[list[float]], lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
+    """Cut the batch's columns (N,) into the rows' completions."""
+    start = 0
+    for line in lines:
+        if isinstance(line, str):
+            yield {name: None for name in names.split()} | {"reason": line}
+            continue
+        end = start + len(line.completions)
+        yield {name: column[start:end] for name, column in zip(names.split(), columns, strict=True)}
+        start = end
 
 
 def _answer(row: Row, text: str, finished: bool) -> dict[str, Any]:
     """A demonstration row, in the layout that the prompt had."""
-    completion = text if isinstance(row.prompt, str) else [{"role": "assistant", "content": text}]
-    return {"prompt": row.prompt, "completion": completion, "finished": finished}
+    if isinstance(row.prompt, str):
+        return {"prompt": row.prompt, "completion": text, "finished": finished}
+    # Of what templates put before an answer, the model has written the space or newline.
+    return {
+        "prompt": row.prompt,
+        "completion": [{"role": "assistant", "content": text.strip()}],
+        "finished": finished,
+    }
 
 
 def _batches(count: int, size: int) -> Iterator[range]:
@@ -191,18 +232,19 @@ def _batches(count: int, size: int) -> Iterator[range]:
         yield range(start, min(start + size, count))
 
 
-def _check_out(out: str, overwrite: bool) -> None:
-    path = Path(out)
-    if path.is_dir():
-        raise UserError(f"{out}: is a folder; name a .jsonl file with --out")
-    if path.exists() and not overwrite:
-        raise UserError(f"{out}: exists; --overwrite replaces it")
-
-
 def _write(out: str, lines: Sequence[dict[str, Any]]) -> None:
+    path = Path(out).expanduser()
     try:
-        Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     except OSError as error:
         raise EnvironmentProblem(f"{out}: cannot be written: {error.strerror or error}") from error
     print(f"{out}: {len(lines)} lines")
+    if reasons := [line["reason"] for line in lines if "reason" in line]:
+        print(f"  {len(reasons)} of them without figures (first: {reasons[0]})")
+    if empty := sum(_is_empty(line["completion"]) for line in lines if "completion" in line):
+        print(f"  {empty} of them empty: score and logps take them with --skip-bad")
+
+
+def _is_empty(completion: Any) -> bool:
+    return not (completion if isinstance(completion, str) else completion[0]["content"]).strip()

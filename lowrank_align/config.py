@@ -1,7 +1,7 @@
 """Every knob, validated, documented under its field. No torch here: `--help` and bad settings answer at once.
 
-The command line's flags are made from these fields (`learning_rate` is `--learning-rate`), a YAML file has the same names,
-flags win, and the resolved settings are saved in the run as `config.yaml`.
+The command line's flags are made from these fields (`learning_rate` is `--learning-rate`), a YAML file has the same
+names, flags win, and the resolved settings are saved in the run as `config.yaml`.
 """
 
 from collections.abc import Mapping
@@ -20,6 +20,7 @@ NotNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Coefficient = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch's generators take
 
 
 class Settings(BaseModel):
@@ -49,7 +50,7 @@ class ModelSettings(Settings):
     """A .jinja file, or the name of one of the tokenizer's templates, in place of the model's own."""
     max_length: Positive = 1024
     """Longest prompt + completion in tokens (at most the model's context); longer completions are cut."""
-    seed: NotNegative = 0
+    seed: Seed = 0
     """Seeds the order of rows, new adapters, rollouts and samples."""
 
 
@@ -166,7 +167,7 @@ class RewardSettings(TrainSettings):
     centering_coefficient: Coefficient = 0.01
     """Weight of the auxiliary (r_chosen + r_rejected)^2 that keeps scores near 0; 0: off."""
     shift_over: Literal["all", "chosen", "reference"] = "all"
-    """Scores are shifted to a mean of 0 over these training completions; `reference`: the start adapter's own answers."""
+    """Scores are shifted to a mean of 0 over these training completions; `reference`: the start adapter's answers."""
     shift_rows: Positive = 256
     """Over how many rows that mean is taken."""
 
@@ -252,9 +253,11 @@ class RowsSettings(ModelSettings):
     data: str
     """Rows: a .jsonl, .json, .parquet (or gzipped) file, a folder of them, or a hub data set id."""
     out: str
-    """The .jsonl file to write, one line a row, in the order of the rows. It must not exist, unless with --overwrite."""
+    """The .jsonl file to write, a line a row, in the order of the rows. It must not exist, unless with --overwrite."""
     overwrite: bool = False
     """Replace OUT."""
+    skip_bad: bool = False
+    """Bad rows get null with the reason in their line, instead of stopping at the first."""
     train_on: Literal["all", "last"] = "all"
     """In conversations, count every assistant turn or the last one alone."""
     batch_size: Positive = 8
@@ -329,6 +332,9 @@ def resolve(settings: type[S], flags: Mapping[str, Any], config_file: str | Path
     for key in given:
         if key not in known:
             raise UserError(f"{where[key]}{key}: unknown setting{nearest(str(key), known)}")
+        for text in given[key] if isinstance(given[key], list) else [given[key]]:
+            if isinstance(text, str) and (problem := _unusable(text)):
+                raise UserError(f"{where[key]}{key}: {problem}")
     try:
         return settings(**given)
     except ValidationError as error:
@@ -344,10 +350,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: over {YAML_LIMIT_BYTES // 1_000_000} MB; a configuration is a few lines")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{path}: nested too deep; needs lines of `setting: value`") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid YAML (not UTF-8)") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: the 99th of May, a number of 5000 digits
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or 'not UTF-8'})") from error
+        raise UserError(f"{path}{line}: not valid YAML ({_reason(error)})") from error
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -362,6 +372,23 @@ def to_yaml(settings: TrainSettings) -> str:
     return f"# lowrank-align {settings.method} --config THIS_FILE\n" + yaml.safe_dump(
         {"method": settings.method, **values}, sort_keys=False, allow_unicode=True
     )
+
+
+def _unusable(text: str) -> str | None:
+    """What keeps a text from being a path, a name or a number; an empty one is mostly an unset shell variable."""
+    if not text.strip():
+        return "empty"
+    if "\0" in text:
+        return "contains a NUL character"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"not UTF-8 (at character {error.start + 1}); rename the file"
+    return None
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "problem", None) or " ".join(str(error).split())[:200]
 
 
 def _one_line(error: ValidationError, where: Mapping[str, str]) -> str:

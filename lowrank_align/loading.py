@@ -4,6 +4,7 @@ import logging
 import os
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,14 +44,10 @@ def load_frozen(
     Raises UserError where the model is not to be found or is no causal language model, EnvironmentProblem where the
     machine lacks what was asked for.
     """
-    where = pick_device(device)
+    where = check_device(device, quantize, attention)
     compute = pick_dtype(dtype, where)
-    if quantize != "none" and where.type == "mps":
-        raise EnvironmentProblem(
-            "--quantize: bitsandbytes has no Apple GPU support; use --quantize none or --device cpu"
-        )
     path = model_folder(name)
-    config, tokenizer = _read_config(path, name), _read_tokenizer(path, name)
+    config, tokenizer = read_config(name), _read_tokenizer(path, name)
     try:
         model = _from_pretrained(path, name, config, quantize, where, compute, attention)
     except torch.OutOfMemoryError as error:
@@ -84,9 +81,25 @@ def model_folder(name: str) -> Path:
 
 def read_tokenizer(name: str) -> tuple[Any, int]:
     """A model's tokenizer and its context in tokens, without its weights, so that rows are checked before it loads."""
-    folder = model_folder(name)
-    config = _read_config(folder, name)
-    return _read_tokenizer(folder, name), context_tokens(config.get_text_config())
+    config = read_config(name)
+    return _read_tokenizer(model_folder(name), name), context_tokens(config.get_text_config())
+
+
+def read_config(name: str) -> Any:
+    """A model's `config.json`, as transformers reads it."""
+    path = model_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # what a damaged file raises in the library is anything
+        raise UserError(f"{name}: config.json cannot be used: {_first_line(error)}") from error
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise UserError(
+            f"{name}: its weights are already quantised ({method}); "
+            "give the 16-bit model, it is quantised while loading"
+        )
+    return config
 
 
 def context_tokens(config: Any) -> int:
@@ -94,8 +107,20 @@ def context_tokens(config: Any) -> int:
     return int(getattr(config, "max_position_embeddings", None) or 2**31)
 
 
+def check_device(device: str, quantize: Quantize, attention: Attention) -> torch.device:
+    """The device, where it can do what is asked of it; EnvironmentProblem otherwise."""
+    where = pick_device(device)
+    if quantize != "none" and where.type == "mps":
+        raise EnvironmentProblem(
+            "--quantize: bitsandbytes has no Apple GPU support; use --quantize none or --device cpu"
+        )
+    if attention == "flex_attention" and where.type == "cpu":  # torch has no backward for it there, and may crash
+        raise EnvironmentProblem("--attention flex_attention needs a GPU; use auto on the CPU")
+    return where
+
+
 def pick_device(device: str) -> torch.device:
-    """`auto` takes the first of CUDA (also ROCm), XPU, CPU; EnvironmentProblem where a GPU is asked for and none there."""
+    """`auto` takes the first of CUDA (also ROCm), XPU, CPU. EnvironmentProblem for a GPU that is not there."""
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
@@ -175,24 +200,9 @@ def _from_pretrained(
     return model
 
 
-def _read_config(path: Path, name: str) -> Any:
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except Exception as error:  # what a damaged file raises in the library is anything
-        raise UserError(f"{name}: config.json cannot be used: {_first_line(error)}") from error
-    quantized = getattr(config, "quantization_config", None)
-    if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise UserError(
-            f"{name}: its weights are already quantised ({method}); "
-            "give the 16-bit model, it is quantised while loading"
-        )
-    return config
-
-
 def _read_tokenizer(path: Path, name: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # as above; the tokenizers library raises bare Exceptions
         raise UserError(
             f"{name}: its tokenizer cannot be loaded (is tokenizer.json there and whole?): {_first_line(error)}"
@@ -216,6 +226,7 @@ def _keep_4bit_layout(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
+@cache  # asked for several times a run, each with a call to the hub
 def _from_hub(name: str, path: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError

@@ -175,8 +175,8 @@ class Loop:
         if self.accelerator.scaler is not None:
             self.optimizer.step()  # the scaler leaves the weights alone and lowers its scale
         if self.skipped_in_a_row >= self.skips_allowed:
-            raise NumericError(f"{self.run_folder.path}: {self.skipped_in_a_row} steps in a row without finite numbers; lower "
-                               "--learning-rate, then --resume from the last checkpoint")  # fmt: skip
+            raise NumericError(f"{self.run_folder.path}: {self.skipped_in_a_row} steps in a row without finite numbers; "
+                               "lower --learning-rate, then --resume from the last checkpoint")  # fmt: skip
 
     def retry(self, function: Callable[[int], Any], knob: str) -> Any:
         """`function(size)` with the size that the settings' `knob` names, halved for good while memory runs out."""
@@ -189,8 +189,8 @@ class Loop:
                     raise
                 message = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
             if self.sizes[knob] == 1:
-                raise EnvironmentProblem(f"out of memory with {knob} 1 ({message}); lower --max-length or --rank, or use "
-                                         "--gradient-checkpointing")  # fmt: skip
+                raise EnvironmentProblem(f"out of memory with {knob} 1 ({message}); lower --max-length or --rank, "
+                                         "or use --gradient-checkpointing")  # fmt: skip
             self.sizes[knob] //= 2
             self.progress.note(f"out of memory: {knob} is now {self.sizes[knob]}; the same batch again")
             if self.base.device.type == "cuda":
@@ -234,7 +234,8 @@ class Loop:
         name, pick = self.method.monitor
         value = found[name] if pick is min else -found[name]
         if self.best is None or value < self.best[0]:
-            kept = {key: p.detach().clone() for key, p in self._parameters().items()} if self.settings.early_stopping else {}
+            keep = self._parameters() if self.settings.early_stopping else {}
+            kept = {key: parameter.detach().clone() for key, parameter in keep.items()}
             self.best, self.evaluations_since_best = (value, step, kept), 0
         else:
             self.evaluations_since_best += 1

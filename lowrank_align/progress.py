@@ -31,8 +31,8 @@ class Progress:
         self._last_line = self._began - SECONDS_BETWEEN_LINES
         if self.quiet or not self.console.is_terminal:
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]}"))
-        self._bar = Bar(*columns, TimeRemainingColumn(), console=self.console)
+        name, figures = TextColumn("{task.description}"), TextColumn("{task.fields[line]}")
+        self._bar = Bar(name, BarColumn(), MofNCompleteColumn(), figures, TimeRemainingColumn(), console=self.console)
         self._bar.add_task(title, total=total, completed=done, line="")
         self._bar.start()
 
@@ -57,7 +57,8 @@ class Progress:
         if self.quiet:
             return
         for sample in samples:
-            self.console.print(Text(f"  sample at step {step}: {_short(sample['prompt'])}", style="dim"), soft_wrap=True)
+            heading = f"  sample at step {step}: {_short(sample['prompt'])}"
+            self.console.print(Text(heading, style="dim"), soft_wrap=True)
             if "scores" in sample:
                 for text, score in zip(sample["completions"], sample["scores"], strict=True):
                     self.console.print(Text(f"    {score:+.3f}  {_short(text)}"), soft_wrap=True)

@@ -40,7 +40,8 @@ def load_function(reward: str) -> RewardFunction:
         try:
             scores = [float(score) for score in function(list(prompts), list(completions))]
         except Exception as error:  # whatever the user's function does
-            raise UserError(f"{reward}: raised {type(error).__name__}: {error} (first prompt: {prompts[0][:80]!r})") from error
+            what = f"raised {type(error).__name__}: {error}"
+            raise UserError(f"{reward}: {what} (first prompt: {prompts[0][:80]!r})") from error
         if len(scores) != len(completions):
             raise UserError(f"{reward}: gave {len(scores)} scores for {len(completions)} completions")
         for prompt, score in zip(prompts, scores, strict=True):

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 LOCK, STATE, CONFIG, METRICS, SAMPLES = ".lock", "run.json", "config.yaml", "metrics.jsonl", "samples.jsonl"
 SUBFOLDERS = ("adapter", "value", "checkpoints", "plots")
-OTHERS = ("provenance.json", "reward.json", "README.md", "bad_rows.jsonl")
+OTHERS = ("provenance.json", "reward.json", "README.md", "bad_rows.jsonl", "eval_bad_rows.jsonl", "dropped_rows.jsonl")
 KNOWN_ENTRIES = {LOCK, STATE, CONFIG, METRICS, SAMPLES, *OTHERS, *SUBFOLDERS}
 STATES = ("running", "finished", "stopped")
 LOCK_BYTE = 2**30  # Windows locks bytes, not files: one far behind the text, so that the text stays readable
@@ -81,7 +81,7 @@ class RunFolder:
         self.path = path
         self.adapter, self.value, self.checkpoints, self.plots = (path / name for name in SUBFOLDERS)
         self._lock, self._created = lock, created
-        self._state = _read_state(path) or {"method": method, "started": _now(), "steps": 0, "summary": {}}
+        self._state = read_state(path) or {"method": method, "started": _now(), "steps": 0, "summary": {}}
         if not self.finished:
             self._write_state(state="running", finished=None)
 
@@ -358,12 +358,14 @@ def looks_like_run(path: Path) -> bool:
     """A `run.json` of ours, or a `config.yaml` among nothing but what runs hold (other projects have one too)."""
     if not path.is_dir():
         return False
-    return _read_state(path) is not None or ((path / CONFIG).is_file() and set(os.listdir(path)) <= KNOWN_ENTRIES)
+    return read_state(path) is not None or ((path / CONFIG).is_file() and set(os.listdir(path)) <= KNOWN_ENTRIES)
 
 
 def check_output(path: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that no run may take: occupied and neither flag says what to do, no run's, or not to be made."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; name a folder with --out")
+    check_place(path)
     if not path.exists() or set(os.listdir(path)) <= {LOCK}:
         return
     if not resume and not overwrite:
@@ -372,6 +374,21 @@ def check_output(path: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"{path}: holds files but is no run, so it is left alone; choose another --out")
     if overwrite:
         _refuse_protected(path)
+
+
+def check_place(path: Path) -> Path:
+    """The nearest folder above `path` (or itself) that is there, in which it can be made; an error where it cannot."""
+    found = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if found != path.absolute() and not found.is_dir():
+        raise UserError(f"{path}: {found} is a file, so nothing can be made in it; choose another --out")
+    if not os.access(found, os.W_OK):
+        raise EnvironmentProblem(f"{path}: no permission to write in {found}; choose another --out")
+    return found
+
+
+def refuse_running(path: Path) -> None:
+    """UserError with the pid where a process works in `path`, or in a run that it holds."""
+    _refuse_running_inside(path, own_lock=False)
 
 
 def _refuse_protected(path: Path) -> None:
@@ -439,7 +456,7 @@ def _find_runs(folder: Path, depth: int = LISTING_DEPTH) -> Iterator[Path]:
 
 
 def _info(path: Path, folder: Path) -> RunInfo:
-    state, provenance, metrics = _read_state(path) or {}, {}, _last_metrics(path)
+    state, provenance, metrics = read_state(path) or {}, {}, _last_metrics(path)
     with contextlib.suppress(UserError):
         provenance = read_provenance(path) or {}
     if is_running(path):
@@ -477,7 +494,8 @@ def _same_run(named: str, path: Path) -> bool:
     return path.resolve() in (Path(named).resolve(), (path.parent / named).resolve())
 
 
-def _read_state(path: Path) -> dict[str, Any] | None:
+def read_state(path: Path) -> dict[str, Any] | None:
+    """A run's `run.json`; None where there is none that can be read."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         state = json.loads((path / STATE).read_bytes())
         if isinstance(state, dict) and state.get("state") in STATES:

@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 class StopSignals:
-    """`asked` turns true at the first signal; a second one interrupts at once. Outside the main thread, set it by hand."""
+    """`asked` turns true at the first signal; a second one interrupts at once. Other threads set it by hand."""
 
     def __init__(self) -> None:
         self.asked = False

@@ -13,36 +13,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
-from transformers import AutoConfig
-
 from lowrank_align import adapters
 from lowrank_align.base import Base
-from lowrank_align.config import METHODS, TrainSettings, read_yaml, resolve, to_yaml
+from lowrank_align.checks import (
+    check_adapters,
+    check_inputs_stay,
+    check_machine,
+    check_resumable,
+    finished_before,
+)
+from lowrank_align.config import METHODS, TrainSettings, resolve, to_yaml
 from lowrank_align.data.chat import Renderer
 from lowrank_align.data.training import TrainingRows, training_rows
-from lowrank_align.errors import EnvironmentProblem, UserError, nearest
-from lowrank_align.loading import model_folder, pick_device, read_tokenizer
+from lowrank_align.errors import UserError, nearest
+from lowrank_align.loading import read_tokenizer
 from lowrank_align.loop import Loop
 from lowrank_align.methods import method_class
 from lowrank_align.methods.method import Method
 from lowrank_align.plots import plot_metrics
 from lowrank_align.progress import Progress
-from lowrank_align.provenance import folder_sha256, model_card, read_provenance, weights_hash, write_provenance
-from lowrank_align.rewards import is_function, load_function
-from lowrank_align.runs import RunFolder, check_output, open_run
+from lowrank_align.provenance import folder_sha256, model_card, write_provenance
+from lowrank_align.runs import RunFolder, check_output, open_run, refuse_running
 from lowrank_align.stopping import StopSignals
 
 log = logging.getLogger(__name__)
-
-ROOM_BYTES = 64 * 2**20  # below this much free disk no run is begun
-
-# What may differ between a run and its resumption: nothing that changes which numbers come out, but for how far it goes.
-RESUMABLE_CHANGES = {
-    "max_steps", "epochs", "micro_batch_size", "rollout_batch_size", "log_steps", "eval_steps", "sample_steps",
-    "sample_tokens", "save_steps", "keep_checkpoints", "report_to", "device", "early_stopping", "out",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,19 +58,21 @@ def train(
 ) -> Summary:
     """Run a method ("sft", "reward", "dpo", "ppo", or its resolved settings) to the end and save the run.
 
-    `knobs` are the settings of `config.py`. With `base`, its weights serve this run too, and the trained role stays on it.
-    Everything that a user can have got wrong is checked before a model is loaded, and raises UserError.
+    `knobs` are the settings of `config.py`. With `base`, its weights serve this run too, and the trained role stays on
+    it. Everything that a user can have got wrong is checked before a model is loaded, and raises UserError.
     """
     settings = method if isinstance(method, TrainSettings) else _settings(method, base, knobs)
     progress = progress or Progress()
-    out = Path(settings.out)
+    out = Path(settings.out).expanduser()
+    refuse_running(out)
     check_output(out, resume=settings.resume, overwrite=settings.overwrite)
-    finished = _finished_before(out) if settings.resume else None
+    finished = finished_before(settings, out)
     if finished is not None:
-        progress.note(f"{out}: finished already at step {finished.steps}")
-        return finished
-    _check_machine(settings, out)
-    _check_adapters(settings)
+        progress.note(f"{out}: finished already at step {finished['steps']}")
+        return Summary(out, finished["steps"], finished["summary"])
+    check_machine(settings, out)
+    check_inputs_stay(settings, out)
+    check_adapters(settings)
     tokenizer, context = (base.tokenizer, base.context_tokens) if base else read_tokenizer(settings.model)
     if settings.max_length > context:
         progress.note(f"max_length: {settings.max_length} is over the model's context; taken as {context}")
@@ -93,7 +89,7 @@ def train(
         rows = training_rows(
             settings, kind.shapes, lambda row: kind.render(row, renderer, settings), bad_rows, progress.note
         )
-        _check_resumable(settings, out, rows.sha256)
+        check_resumable(settings, out, rows.sha256)
         base = base or Base.load(
             settings.model,
             quantize=settings.quantize,
@@ -142,79 +138,6 @@ def _settings(method: str, base: Base | None, knobs: dict[str, Any]) -> TrainSet
     return resolve(METHODS[method], knobs)
 
 
-def _check_machine(settings: TrainSettings, out: Path) -> None:
-    """The device that was asked for, and room on the disk, before anything takes time."""
-    device = pick_device(settings.device)
-    if settings.optimizer != "adamw" and device.type != "cuda":
-        raise EnvironmentProblem(f"--optimizer {settings.optimizer} needs a CUDA GPU; use adamw")
-    for tracker in settings.report_to:
-        if tracker not in LoggerType.list():
-            raise UserError(f"report_to: {tracker}: no such tracker{nearest(tracker, LoggerType.list())}")
-        if tracker != "all" and tracker not in [str(available) for available in get_available_trackers()]:
-            raise EnvironmentProblem(f"--report-to {tracker}: its package is not installed")
-    folder = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    free = shutil.disk_usage(folder).free
-    if free < ROOM_BYTES:
-        raise EnvironmentProblem(
-            f"{out}: only {free / 1e6:.0f} MB free on its disk; a run needs {ROOM_BYTES / 1e6:.0f} MB"
-        )
-
-
-def _check_adapters(settings: TrainSettings) -> None:
-    """The model's folder, and that the adapters named fit it; only file names and headers are read."""
-    folder = model_folder(settings.model)
-    given: list[tuple[str, adapters.Kind | None]] = []
-    if settings.adapter is not None:
-        given.append((settings.adapter, None if settings.method == "reward" else "policy"))
-    reward = getattr(settings, "reward", None)
-    if reward is not None and is_function(reward):
-        load_function(reward)
-    elif reward is not None:
-        given.append((reward, "reward"))
-    for start, kind in given:
-        adapters.check_before_load(
-            start, kind, settings.model, weights_hash(folder), AutoConfig.from_pretrained(folder)
-        )
-
-
-def _check_resumable(settings: TrainSettings, out: Path, data_hash: str) -> None:
-    """A resumed run must be the same run: same data, same knobs but for those that only say how far and how often."""
-    if not settings.resume or not (out / "config.yaml").is_file():
-        return
-    before = read_yaml(out / "config.yaml")
-    now = settings.model_dump()
-    for name in sorted(before.keys() - RESUMABLE_CHANGES):
-        if name in now and now[name] != before[name]:
-            raise UserError(
-                f"--resume: {name} is {now[name]!r} here but {before[name]!r} in {out}; use the run's, or a new --out"
-            )
-    record = read_provenance(out) or {}
-    sources = [
-        (settings.rows, record.get("data_hash"), data_hash),
-        (settings.model, record.get("base_hash"), weights_hash(model_folder(settings.model))),
-    ]
-    if settings.adapter is not None:  # with other bytes, DPO and PPO would get another reference half-way
-        begun = (record.get("parent") or {}).get("adapter_hash")
-        sources.append((settings.adapter, begun, _adapter_hash(settings.adapter)))
-    for source, before_hash, hash_now in sources:
-        if before_hash not in (None, hash_now):
-            raise UserError(f"--resume: {source} has changed since {out} began; put it back, or use a new --out")
-
-
-def _adapter_hash(start: str) -> str:
-    return folder_sha256([adapters.locate(start) / adapters.WEIGHTS])
-
-
-def _finished_before(out: Path) -> Summary | None:
-    state = out / "run.json"
-    if not state.is_file():
-        return None
-    found = json.loads(state.read_text())
-    if found.get("state") != "finished":
-        return None
-    return Summary(out, int(found.get("steps", 0)), found.get("summary", {}))
-
-
 def _write_down(run: RunFolder, settings: TrainSettings, dropped: list[tuple[str, str]], scratch: Path) -> None:
     """The resolved settings, and the lists of what is not trained on."""
     run.write_config(to_yaml(settings))
@@ -230,7 +153,7 @@ def _provenance(method: Method[Any, Any], data_hash: str) -> dict[str, Any]:
     tokenizer_files = [base.path / name for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")]
     parent = None
     if s.adapter is not None:
-        parent = {"run": s.adapter, "adapter_hash": _adapter_hash(s.adapter)}
+        parent = {"run": s.adapter, "adapter_hash": adapters.weights_sha256(s.adapter)}
     return {
         "base": base.name,
         "base_hash": base.weights_hash,

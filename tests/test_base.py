@@ -579,6 +579,16 @@ def test_four_roles_share_one_frozen_base(
     assert base.frozen_bytes() == frozen
     together = storages()
     assert sum(together.values()) - sum(alone.values()) == 4 * adapter + 2 * head
+    assert base.copies_in_memory() == 1
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
+def test_a_second_copy_is_counted(load_base: LoadBase, quantize: str) -> None:
+    """Of weights that no other test has loaded."""
+    base = load_base("llama", quantize, fresh=True, initializer_range=0.06)
+    assert base.copies_in_memory() == 1
+    second = load_base("llama", quantize, fresh=True, initializer_range=0.06)
+    assert base.copies_in_memory() == second.copies_in_memory() == 2
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])

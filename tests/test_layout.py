@@ -25,7 +25,7 @@ LAYERS: dict[str, list[str]] = {
     "the base and its rows": ["data", "tiny", "loading", "adapters", "scoring", "probe", "base"],
     "around the base": ["rollout", "rewards", "export"],
     "methods": ["methods"],
-    "training": ["loop", "train"],
+    "training": ["loop", "checks", "train"],
     "evaluation": ["evaluate"],
     "programs": ["commands", "cli", "apps", "__main__"],
 }

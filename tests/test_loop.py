@@ -406,12 +406,13 @@ def test_evaluation_does_not_disturb_training(run: Run) -> None:
 
 
 def test_evaluation_is_without_dropout_and_over_tokens(run: Run, make_method: Any, tmp_path: Path) -> None:
-    """Before anything is learnt (a rate of 1e-30) the held-out loss is the bare base's: -sum of log-probs / tokens."""
+    """Where nothing moves (a rate of 1e-30) the held-out loss is the start adapter's: -sum of log-probs / tokens."""
+    start = run("sft", ROWS, "start", max_steps=3, **FAST)
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
-    knobs = {"eval_data": str(tmp_path / "held_out.jsonl"), "lora_dropout": 0.5, "micro_batch_size": 2}
+    knobs = {"eval_data": str(tmp_path / "held_out.jsonl"), "adapter": str(start), "lora_dropout": 0.5}
     folder = run("sft", ROWS, "run", max_steps=1, **knobs, **FAST | {"learning_rate": 1e-30})
-    method, items = make_method("sft", ROWS[:3], untouched=True)
-    with torch.no_grad():
+    method, items = make_method("sft", ROWS[:3], adapter=str(start), untouched=True)
+    with torch.no_grad(), method.base.role("policy"):
         batch = method.base.collate(items)
         logps = method.base.token_scores(batch).per_token_logps
     expected = -logps.sum().item() / batch.num_tokens.sum().item()

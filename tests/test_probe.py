@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from lowrank_align import probe
 from lowrank_align.base import Base
 from lowrank_align.probe import choose_layout
 from lowrank_align.trees import TreeBatch, TreeRow, attention_mask
@@ -57,6 +58,8 @@ def test_wrong_masks_are_seen(
     (line,) = probe_lines(caplog)
     assert ("leak 0.0e+00" not in line) == leaks
     assert "gap 0.0e+00" not in line
+    monkeypatch.setitem(probe.TOLERANCE, torch.float32, 100.0)  # lets any gap pass, but no leak
+    assert (choose_layout(base) == "flat") == leaks
     monkeypatch.undo()
     assert choose_layout(base) == "tree"
 

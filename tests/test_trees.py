@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from lowrank_align.base import Base
 from lowrank_align.trees import Comparison, Completion, TreeRow, attention_mask, collate, collate_comparisons
 
 TWO_ROWS = [
@@ -249,3 +251,26 @@ def test_recurrent_models_use_flat_rows(
     assert len(batch.input_ids) == 4
     separate = separate_logps(plain_model(base.path, "none"), rows)
     assert_same(base.token_scores(batch).per_token_logps, separate, 1e-5)
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@torch.no_grad()
+def test_tree_rows_of_a_real_model(
+    shared: Path, quantize: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWRANK_ALIGN_CACHE", str(tmp_path))
+    base = Base.load(str(shared / "models" / "stories260k"), quantize=quantize, device="cpu")  # type: ignore[arg-type]
+    prompt, *ends = (
+        base.tokenizer(text, add_special_tokens=False).input_ids
+        for text in (
+            "Once upon a time, there was a girl named Lily. She",
+            " loved to play outside.",
+            " was sad.",
+            " ran",
+        )
+    )
+    rows = [TreeRow(prompt, [Completion(ids, [True] * len(ids)) for ids in ends])]
+    rows.append(TreeRow(prompt[:3], rows[0].completions[1:]))
+    assert base.layout == "tree"
+    separate = separate_logps(plain_model(base.path, quantize), rows)
+    assert_same(base.token_scores(base.collate(rows)).per_token_logps, separate, 1e-5)

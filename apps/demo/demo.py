@@ -29,7 +29,7 @@ from lowrank_align.tiny import demonstrations, prompts, simulated_pairs, tiny_pa
 from lowrank_align.train import train
 
 EXACT = "lowrank_align.tiny:exact_score"
-PROMPTS, HELD_OUT, DEMONSTRATIONS = 600, 200, 600
+PROMPTS, HELD_OUT, DEMONSTRATIONS = 1200, 200, 600
 ANNOTATOR_TEMPERATURE = 0.5
 QUICK_SHARE = 10
 MARKER = ".demo"

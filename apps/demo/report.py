@@ -81,6 +81,12 @@ class Report:
 
 COLUMNS = ["", "exact score", "KL to SFT (nats)", "wins against SFT (95 %)", "accuracy", "tokens/s", "peak memory"]
 
+LEGEND = (
+    "Score: exact, by program. KL: to the SFT policy, in nats an answer. Wins: share of held-out prompts where the exact "
+    "score is above that of SFT's own answer, a tie half, with Wilson's interval; SFT is held against other answers of "
+    "its own. Accuracy: pairs of held-out answers that reward model and exact score order alike."
+)
+
 
 def print_report(report: Report, folder: Path, console: Console) -> None:
     """The table and three answers before and after."""
@@ -113,9 +119,7 @@ def _markdown(report: Report) -> str:
              f"{', '.join(report.roles)}. {report.seconds:.0f} seconds in all.", ""]  # fmt: skip
     lines += ["| " + " | ".join(COLUMNS) + " |", "| --- " + "| ---: " * (len(COLUMNS) - 1) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in report.rows()]
-    lines += ["", "Score: exact, by program. KL: to the SFT policy, in nats an answer. Wins: share of held-out prompts where the "
-              "exact score is above that of SFT's own answer, a tie half, with Wilson's interval; SFT is held against other "
-              "answers of its own. Accuracy: pairs of held-out answers that reward model and exact score order alike.", ""]  # fmt: skip
+    lines += ["", LEGEND, ""]
     lines += ["![score against KL](frontier.png)", ""]
     for sample in report.samples:
         lines += [f"**{sample['prompt']}**", "", *(f"- {NAMES[name]}: {_line(sample[name])}" for name in NAMES), ""]

@@ -23,7 +23,7 @@ class BadRows:
     def settle(self, good: int, *, append: bool = False) -> int:
         """Raises for the first bad row and counts the others; or writes them all down and returns how many they are.
 
-        `append` adds to the file, for what a later check found. Raises `UserError` too where no good row remains.
+        `append` adds to the file, for what a later check found. Where no good row remains, `UserError` and no file.
         """
         if not self.found:
             return 0
@@ -31,6 +31,8 @@ class BadRows:
         if self.set_aside is None:
             others = f" (and {more} more bad row{'s' * (more > 1)}; --skip-bad sets them aside)" if more else ""
             raise UserError(first + others)
+        if not good:
+            raise UserError(f"no good row remains: {more + 1} bad (the first: {first})")
         lines = "".join(json.dumps(bad) + "\n" for bad in self.found)
         try:
             self.set_aside.parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +40,4 @@ class BadRows:
                 file.write(lines)
         except OSError as error:
             raise UserError(f"{self.set_aside}: bad rows cannot be set aside there ({error.strerror})") from None
-        if not good:
-            raise UserError(f"no good row remains: {more + 1} bad, listed in {self.set_aside} (the first: {first})")
         return more + 1

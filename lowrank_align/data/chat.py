@@ -15,7 +15,7 @@ or if what was cut made its answers equal or left nothing to train.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -75,7 +75,7 @@ def render_all(render: Callable[[Row], Rendered], rows: Sequence[Row], *, skip_b
         try:
             done.append((row.where, render(row)))
         except UserError as error:
-            bad.add(row.where, str(error), asdict(row))
+            bad.add(row.where, str(error), vars(row))  # asdict would copy, and fail at what is nested deep
     skipped = bad.settle(len(done), append=True)
     trees = [rendered.tree for _, rendered in done if rendered.tree]
     dropped = [(where, rendered.dropped) for where, rendered in done if rendered.dropped]

@@ -52,9 +52,13 @@ def clean_number(field: str, value: Any) -> float:
     """`value` as a finite float; true and false are not numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise FieldError(field, f"{kind_of(value)}, must be a number")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:
+        raise FieldError(field, "a number of hundreds of digits, must be finite") from None
+    if not math.isfinite(number):
         raise FieldError(field, f"{value}, must be finite")
-    return float(value)
+    return number
 
 
 def clean_messages(field: str, value: Any) -> list[Message]:

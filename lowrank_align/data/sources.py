@@ -44,7 +44,7 @@ def open_source(source: str | Path, split: str = "train") -> RawSource:
     path = Path(source).expanduser()
     if path.is_dir():
         return _open_folder(path, split)
-    if path.is_file():
+    if path.exists():  # also a pipe, as of `--data <(zcat rows.gz)`
         return _open_files([path], path.parent)
     if isinstance(source, Path) or _is_path(source):
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []

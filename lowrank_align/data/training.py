@@ -46,11 +46,11 @@ def training_rows(
     elif settings.eval_rows:
         train, held_out = split_off(loaded.rows, settings.eval_rows, settings.seed)
     rendered = render_all(render, train, skip_bad=bad_rows if settings.skip_bad else None)
-    _tell_rendered(rendered, len(train), settings.rows, tell)
+    _tell_rendered(rendered, len(train), settings.rows, bad_rows, tell)
     rendered_out = RenderedRows([])
     if held_out:
         rendered_out = render_all(render, held_out, skip_bad=held_out_bad if settings.skip_bad else None)
-        _tell_rendered(rendered_out, len(held_out), settings.eval_data or "held-out rows", tell)
+        _tell_rendered(rendered_out, len(held_out), settings.eval_data or "held-out rows", held_out_bad, tell)
     dropped = rendered.dropped + rendered_out.dropped
     return TrainingRows(rendered.tree_rows, rendered_out.tree_rows, loaded.sha256, dropped)
 
@@ -62,15 +62,14 @@ def _tell_loaded(loaded: Loaded, source: str, bad_rows: Path, tell: Tell) -> Non
         tell(f"{source}: {loaded.skipped} bad rows set aside in {bad_rows.name}")
 
 
-def _tell_rendered(rendered: RenderedRows, count: int, source: str, tell: Tell) -> None:
+def _tell_rendered(rendered: RenderedRows, count: int, source: str, bad_rows: Path, tell: Tell) -> None:
     if rendered.truncated:
         tell(f"{source}: {rendered.truncated} of {count} rows cut at max_length ({rendered.truncated_tokens} tokens)")
     if rendered.dropped:
-        where, reason = rendered.dropped[0]
-        tell(
-            f"{source}: {len(rendered.dropped)} of {count} rows dropped, listed in dropped_rows.jsonl (first: {where}: {reason})"
-        )
+        first = ": ".join(rendered.dropped[0])
+        dropped = f"{len(rendered.dropped)} of {count} rows dropped"
+        tell(f"{source}: {dropped}, listed in dropped_rows.jsonl (first: {first})")
     if rendered.skipped:
-        tell(f"{source}: {rendered.skipped} rows that the chat template refuses set aside in bad_rows.jsonl")
+        tell(f"{source}: {rendered.skipped} rows that the chat template refuses set aside in {bad_rows.name}")
     for note, rows in rendered.notes.items():
         tell(f"{source}: {rows} rows: {note}")

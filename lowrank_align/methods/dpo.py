@@ -1,4 +1,4 @@
-"""Direct preference optimisation: the policy's own log-ratios are the reward (Rafailov et al. 2023, arXiv 2305.18290)."""
+"""Direct preference optimisation: a policy's own log-ratios are the reward (Rafailov et al. 2023, arXiv 2305.18290)."""
 
 from collections.abc import Sequence
 

@@ -183,7 +183,7 @@ class PPO(Method[PPOSettings, Episode]):
         return episodes, measured
 
     def _score_all(self, trees: list[TreeRow], size: int) -> list[tuple[Tensor, ...]]:
-        """Per rollout: log-probs, reference log-probs, values and mask (T,), and the reward model's shifted score ()."""
+        """Per rollout: log-probs, reference log-probs, values, mask (T,), and the reward model's shifted score ()."""
         found: list[tuple[Tensor, ...]] = []
         temperature = self.settings.temperature
         for start in range(0, len(trees), size):

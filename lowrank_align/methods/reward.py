@@ -1,4 +1,4 @@
-"""Reward model: scores whose differences explain the preferences (Bradley-Terry; InstructGPT, arXiv 2203.02155, eq. 1)."""
+"""Reward model: scores whose differences explain the preferences (Bradley-Terry; arXiv 2203.02155, eq. 1)."""
 
 import json
 from collections.abc import Sequence

@@ -136,6 +136,7 @@ def test_a_row_does_not_feel_its_neighbours(name: str, make_method: MakeMethod) 
 def test_tree_rows_equal_flat_rows(name: str, make_method: MakeMethod, monkeypatch: pytest.MonkeyPatch) -> None:
     """Completions that share a prompt's computation and completions in rows of their own: the same whole step."""
     method, items = make(make_method, name)
+    assert method.base.layout == "tree"
     tree = one_update(method, items, [8])
     monkeypatch.setattr(method.base, "layout", "flat")
     assert_same_update(one_update(method, items, [8]), tree, 1e-5)
