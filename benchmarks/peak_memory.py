@@ -45,13 +45,13 @@ def run(folder: str, method: str, quantize: str) -> int:
 
 def measure(method: str, folder: Path, quantize: str) -> dict[str, int]:
     """Train `method` for a few steps; RSS after imports and at its peak, in bytes."""
+    import torch
+
     from lowrank_align.base import Base  # noqa: F401 - the imports are what is measured first
     from lowrank_align.memory import peak_bytes, reset_peak, resident_bytes
     from lowrank_align.methods import method_class
     from lowrank_align.progress import Progress
     from lowrank_align.train import train
-
-    import torch
 
     method_class(method)
     cpu = torch.device("cpu")

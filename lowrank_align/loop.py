@@ -175,8 +175,8 @@ class Loop:
         if self.accelerator.scaler is not None:
             self.optimizer.step()  # the scaler leaves the weights alone and lowers its scale
         if self.skipped_in_a_row >= self.skips_allowed:
-            raise NumericError(f"{self.run_folder.path}: {self.skipped_in_a_row} steps in a row without finite numbers; "
-                               "lower --learning-rate, then --resume from the last checkpoint")  # fmt: skip
+            raise NumericError(f"{self.run_folder.path}: {self.skipped_in_a_row} steps in a row without finite numbers"
+                               "; lower --learning-rate, then --resume from the last checkpoint")  # fmt: skip
 
     def retry(self, function: Callable[[int], Any], knob: str) -> Any:
         """`function(size)` with the size that the settings' `knob` names, halved for good while memory runs out."""

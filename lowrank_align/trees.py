@@ -150,9 +150,7 @@ def collate_comparisons(rows: Sequence[TreeRow], device: torch.device | str = "c
     """The rows' comparisons with completions counted through the whole batch, in `collate`'s order."""
     start, found = 0, []
     for number, row in enumerate(rows):
-        found += [
-            (start + c.first, start + c.second, c.preference, c.target_margin, number) for c in row.comparisons
-        ]
+        found += [(start + c.first, start + c.second, c.preference, c.target_margin, number) for c in row.comparisons]
         start += len(row.completions)
     first, second, preference, margin, row_of = zip(*found, strict=True)
     places = [torch.tensor(column, dtype=torch.long, device=device) for column in (first, second, row_of)]

@@ -76,7 +76,7 @@ def lines(path: Path) -> list[Any]:
 
 
 def shown(width: int = 120) -> Console:
-    return Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    return Console(width=width, record=True, file=open(os.devnull, "w"))
 
 
 def test_a_new_run(tmp_path: Path) -> None:

@@ -82,9 +82,9 @@ class Report:
 COLUMNS = ["", "exact score", "KL to SFT (nats)", "wins against SFT (95 %)", "accuracy", "tokens/s", "peak memory"]
 
 LEGEND = (
-    "Score: exact, by program. KL: to the SFT policy, in nats an answer. Wins: share of held-out prompts where the exact "
-    "score is above that of SFT's own answer, a tie half, with Wilson's interval; SFT is held against other answers of "
-    "its own. Accuracy: pairs of held-out answers that reward model and exact score order alike."
+    "Score: exact, by program. KL: to the SFT policy, in nats an answer. Wins: share of held-out prompts where the "
+    "exact score is above that of SFT's own answer, a tie half, with Wilson's interval; SFT is held against other "
+    "answers of its own. Accuracy: pairs of held-out answers that reward model and exact score order alike."
 )
 
 

@@ -28,7 +28,7 @@ from lowrank_align.objectives.rollout import (
 from lowrank_align.rewards import is_function, load_function
 from lowrank_align.rollout import Rollout, generator_for, sample
 from lowrank_align.runs import RunFolder
-from lowrank_align.tensors import gae, whiten
+from lowrank_align.tensors import gae, reduce, whiten
 from lowrank_align.trees import Completion, TreeRow
 
 
@@ -114,13 +114,13 @@ class PPO(Method[PPOSettings, Episode]):
         with self.base.role("policy"):
             scores = self.base.token_scores(batch, temperature=s.temperature)
             policy = ppo_policy_loss(scores.per_token_logps, old_logps, advantages, mask, s.clip_range)
-            policy_loss = policy.loss.sum() / weight
+            policy_loss = reduce(policy.loss, mask, "token_mean", weight)
             self.backward(policy_loss)
         release_unused()  # on CPU the heap of the policy's pass would otherwise lie beside that of the value's
         with self.base.role("value"):
             values = self.base.values(batch)
             value = ppo_value_loss(values, old_values, returns, mask, s.clip_range_value)
-            value_loss = s.value_coefficient * value.loss.sum() / weight
+            value_loss = s.value_coefficient * reduce(value.loss, mask, "token_mean", weight)
             self.backward(value_loss)
         metrics.mean("loss/policy_avg", policy.loss, mask)
         metrics.mean("loss/value_avg", value.loss, mask)

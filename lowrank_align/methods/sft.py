@@ -8,6 +8,7 @@ from lowrank_align.config import SFTSettings
 from lowrank_align.data.formats import Shape
 from lowrank_align.methods.method import Method, Metrics
 from lowrank_align.objectives.completion import nll
+from lowrank_align.tensors import reduce
 from lowrank_align.trees import TreeRow
 
 
@@ -33,7 +34,8 @@ class SFT(Method[SFTSettings, TreeRow]):
         batch = self.base.collate(list(items))
         with self.base.role("policy"):
             policy = self.base.token_scores(batch)
-            loss = nll(policy.per_token_logps, batch.completion_mask).loss.sum() / weight
+            losses = nll(policy.per_token_logps, batch.completion_mask).loss
+            loss = reduce(losses, batch.completion_mask, "token_mean", weight)
             self.backward(loss)
         metrics.mean("mean_token_accuracy", policy.is_top, batch.completion_mask)
         metrics.mean("entropy", policy.entropy, batch.completion_mask)
