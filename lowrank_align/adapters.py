@@ -202,6 +202,8 @@ def _peft_config(folder: Path) -> LoraConfig:
             asked.append(f"{key}={value}")
     if asked:
         raise UserError(f"{folder}: adapter_config.json asks for {', '.join(asked)}, which is not loaded")
+    if not raw.get("target_modules") or not isinstance(raw.get("r"), int):
+        raise UserError(f"{folder}: adapter_config.json has no target_modules, or no whole number as r (the rank)")
     known: dict[str, Any] = {k: v for k, v in raw.items() if k in LoraConfig.__dataclass_fields__}
     try:
         return LoraConfig(**known | {"modules_to_save": None, "init_lora_weights": True})

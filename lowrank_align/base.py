@@ -345,7 +345,8 @@ class Base:
 
     def _new_head(self, seed: int) -> nn.Linear:
         width = self.config.hidden_size
-        head = nn.Linear(width, 1, bias=False, dtype=torch.float32)
+        # skip_init: a Linear's own initialisation would draw from the global generator
+        head: nn.Linear = nn.utils.skip_init(nn.Linear, width, 1, bias=False, dtype=torch.float32)
         generator = torch.Generator().manual_seed(seed)
         head.weight.data.normal_(0.0, (width + 1) ** -0.5, generator=generator)
         return head.to(self.device)

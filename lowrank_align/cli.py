@@ -59,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(command, arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).splitlines(), file=sys.stderr)  # one line, whatever a user's function raised
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted" + "; --resume goes on from the last checkpoint" * (command in METHODS), file=sys.stderr)
         return EXIT_RESUMABLE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

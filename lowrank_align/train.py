@@ -68,8 +68,8 @@ def train(
     check_output(out, resume=settings.resume, overwrite=settings.overwrite)
     finished = finished_before(settings, out)
     if finished is not None:
-        progress.note(f"{out}: finished already at step {finished['steps']}")
-        return Summary(out, finished["steps"], finished["summary"])
+        progress.note(f"{out}: finished already at step {finished.get('steps')}")
+        return Summary(out, finished.get("steps", 0), finished.get("summary", {}))
     check_machine(settings, out)
     check_inputs_stay(settings, out)
     check_adapters(settings)

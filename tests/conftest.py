@@ -5,8 +5,9 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -91,6 +92,20 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder of the tests' own, for `LOWRANK_ALIGN_CACHE`."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny_base_folder() -> Path:
+    """The embedded base from the user's cache; pretrained first (about a minute) where it is not there."""
+    from lowrank_align.tiny import tiny_path
+
+    return tiny_path()
+
+
+@pytest.fixture(scope="session")
 def tiny_base(tiny_llama: Path) -> Any:
     """`tiny_llama` in memory, unquantised; every test that trains on it puts its own roles on it."""
     from lowrank_align.base import Base
@@ -156,6 +171,58 @@ def run(tiny_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
         return tmp_path / name
 
     return train_it
+
+
+# ---- the command line
+
+
+class Outcome(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(capsys: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """`command("sft", "--model", folder)`: a command as its user gives it, in this process, but for the plots."""
+    from lowrank_align.cli import main
+
+    monkeypatch.setenv("LOWRANK_ALIGN_CACHE", str(cache))
+    monkeypatch.setattr(import_module("lowrank_align.plots"), "PLOTS", {})
+
+    def run_it(*argv: object) -> Outcome:
+        capsys.readouterr()
+        try:
+            code = main([str(word) for word in argv])
+        except SystemExit as stopped:  # argparse
+            code = int(stopped.code or 0)
+        return Outcome(code, *capsys.readouterr())
+
+    return run_it
+
+
+FEW_STEPS = ("--max-steps", "2", "--batch-size", "2", "--rank", "2", "--quantize", "none", "--sample-steps", "0")
+DEMONSTRATIONS = [{"prompt": f"{i}. Say: ", "completion": f"a good word {i}"} for i in range(6)]
+PAIRS = [{"prompt": f"{i}. Say: ", "chosen": f"a good word {i}", "rejected": f"bad {i}"} for i in range(6)]
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_llama: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `demonstrations.jsonl`, `pairs.jsonl`, and the runs `sft` and `reward` of two steps on them."""
+    from lowrank_align.cli import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    demonstrations = write_rows(folder / "demonstrations.jsonl", DEMONSTRATIONS)
+    pairs = write_rows(folder / "pairs.jsonl", PAIRS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOWRANK_ALIGN_CACHE", str(cache))
+        patch.setattr(import_module("lowrank_align.plots"), "PLOTS", {})
+        common = ["--model", str(tiny_llama), *FEW_STEPS, "--learning-rate", "0.01"]
+        assert main(["sft", "--data", str(demonstrations), "--out", str(folder / "sft"), *common]) == 0
+        assert main(["reward", "--data", str(pairs), "--out", str(folder / "reward"), *common]) == 0
+    return folder
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -253,11 +320,11 @@ def _loaded() -> dict[tuple[Path, str], Any]:
 
 @pytest.fixture
 def load_base(
-    model_folder: Callable[..., Path], _loaded: dict[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Callable[..., Path], _loaded: dict[Any, Any], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Any]]:
     """`load_base(family, quantize="none", **changes)`: its `Base` on CPU in fp32, loaded once for all tests; its roles
     are taken off after each. With `fresh=True` one of the test's own."""
-    monkeypatch.setenv("LOWRANK_ALIGN_CACHE", str(tmp_path))
+    monkeypatch.setenv("LOWRANK_ALIGN_CACHE", str(cache))
     lent = []
 
     def load(family: str, quantize: str = "none", *, fresh: bool = False, **changes: Any) -> Any:

@@ -86,7 +86,7 @@ def test_plain_peft_gives_the_same_logits(
     torch.testing.assert_close(peft(ids).logits, ours, atol=1e-5, rtol=0)
     assert not [w for w in recwarn if "adapter keys" in str(w.message)]  # none missing, none unexpected
     config = peft.peft_config["default"]
-    assert (config.r, config.lora_alpha, config.task_type) == (4, 6, "CAUSAL_LM")
+    assert (config.r, config.lora_alpha, config.task_type, config.modules_to_save) == (4, 6, "CAUSAL_LM", None)
     assert config.base_model_name_or_path == base.name
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
@@ -107,6 +107,7 @@ def test_sequence_classification_gives_the_same_scores(
     base.add_role("reward", rank=4, head=True).shift = 0.7
     speak(base, "reward")
     base.save_role("reward", tmp_path, as_reward=True)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["score"]
     row = random_row(6, 5, 9)
     with base.role("reward"):
         ours = base.scores(base.collate([row]))

@@ -20,7 +20,7 @@ from lowrank_align.loading import load_frozen, pick_device, pick_dtype, read_tok
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOWRANK_ALIGN_CACHE", str(tmp_path / "cache"))
 
 

@@ -190,7 +190,6 @@ def test_global_generators_are_left_alone(run: Run) -> None:
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
 
 
-@pytest.mark.xfail(reason="Base._new_head: nn.Linear draws its own weights before ours take their place")
 def test_global_generators_are_left_alone_by_heads(run: Run) -> None:
     state = torch.get_rng_state()
     run("reward", PAIRS, "reward", lora_dropout=0.3, sample_steps=1)

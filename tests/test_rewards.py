@@ -101,12 +101,6 @@ def test_what_cannot_be_loaded(source: str | None, name: str, message: str, modu
     ("body", "message", "exit_code"),
     [
         ("raise KeyError('colour')", "raised KeyError: 'colour' (first prompt: 'p1')", 2),
-        pytest.param(
-            "raise ValueError('one\\n  two')",
-            "raised ValueError: one two (first prompt: 'p1')",
-            2,
-            marks=pytest.mark.xfail(reason="rewards.py prints the function's message over several lines"),
-        ),
         ("return [1.0]", "gave 1 scores for 2 completions", 2),
         ("return None", "raised TypeError: 'NoneType' object is not iterable", 2),
         ("return [1.0, 'good']", "raised ValueError: could not convert string to float: 'good'", 2),
@@ -129,6 +123,7 @@ def test_what_goes_wrong_inside(body: str, message: str, exit_code: int, module:
     ("body", "exit_code", "message"),
     [
         ("raise KeyError('colour')", 2, "raised KeyError: 'colour'"),
+        ("raise ValueError('one\\ntwo')", 2, "raised ValueError: one two"),
         ("return [0.5]", 2, "gave 1 scores for 2 completions"),
         ("return [float('nan')] * len(prompts)", 4, "gave nan for the prompt 'Say it: '"),
     ],

@@ -15,7 +15,7 @@ from lowrank_align.rollout import generator_for, inference, sample, seed_of
 from lowrank_align.trees import TreeRow
 
 LoadBase = Callable[..., Any]
-NEVER = 127  # an id that no model here puts first
+NEVER = 128  # of a vocabulary of 128: no model says it
 RECURRENT = ("falcon_h1", "qwen3_next")
 
 
