@@ -58,7 +58,8 @@ class Loop:
         self.base = method.base
         self.sizes = {"micro_batch_size": self.settings.micro_batch_size}
         self.skipped = self.skipped_in_a_row = 0
-        self.best: tuple[float, int, dict[str, Tensor]] | None = None
+        self.best: tuple[float, int, dict[str, Tensor]] | None = None  # what is watched, its step, the adapter then
+        self.best_evaluation: dict[str, float] = {}
         self.evaluations_since_best = 0
         half = self.base.compute_dtype == torch.float16 and self.base.device.type == "cuda"
         self.accelerator = Accelerator(
@@ -116,6 +117,8 @@ class Loop:
             self.accelerator.end_training()
         if self.best is not None and s.early_stopping:
             self._restore_best()
+            figures["best_step"] = float(self.best[1])
+            latest_evaluation = self.best_evaluation
         return figures | latest_evaluation
 
     # ---- one step
@@ -237,6 +240,7 @@ class Loop:
             keep = self._parameters() if self.settings.early_stopping else {}
             kept = {key: parameter.detach().clone() for key, parameter in keep.items()}
             self.best, self.evaluations_since_best = (value, step, kept), 0
+            self.best_evaluation = {f"eval_{key}": figure for key, figure in found.items()}
         else:
             self.evaluations_since_best += 1
         return {f"eval_{key}": value for key, value in found.items()}
@@ -267,6 +271,7 @@ class Loop:
             "sizes": self.sizes,
             "skipped": [self.skipped, self.skipped_in_a_row],
             "best": None if self.best is None else [self.best[0], self.best[1], self.evaluations_since_best],
+            "best_evaluation": self.best_evaluation,
             "method": self.method.state(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
@@ -296,6 +301,7 @@ class Loop:
         if values["best"] is not None and (kept or not self.settings.early_stopping):  # else it is turned on only now
             value, step, self.evaluations_since_best = values["best"]
             self.best = (value, step, {k: t.to(self.base.device) for k, t in kept.items()})
+            self.best_evaluation = values["best_evaluation"]
         self.method.load_state(values["method"])
         self.run_folder.truncate_metrics(values["step"])
         self.progress.note(f"resumed from {path.name} of {self.total_steps} steps")

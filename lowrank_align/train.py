@@ -75,7 +75,8 @@ def train(
     check_adapters(settings)
     tokenizer, context = (base.tokenizer, base.context_tokens) if base else read_tokenizer(settings.model)
     if settings.max_length > context:
-        progress.note(f"max_length: {settings.max_length} is over the model's context; taken as {context}")
+        if "max_length" in settings.model_fields_set:
+            progress.note(f"max_length: {settings.max_length} is over the model's context; taken as {context}")
         settings = settings.model_copy(update={"max_length": context})
     renderer = Renderer(
         tokenizer,

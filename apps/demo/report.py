@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from lowrank_align.evaluate.win_rate import WinRate
 
-NAMES = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO, learned reward", "ppo_exact": "PPO, exact score"}
+NAMES = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO, learned", "ppo_exact": "PPO, exact"}
 
 
 @dataclass(frozen=True)
@@ -79,19 +80,22 @@ class Report:
         return [found[0], reward, *found[1:]]
 
 
-COLUMNS = ["", "exact score", "KL to SFT (nats)", "wins against SFT (95 %)", "accuracy", "tokens/s", "peak memory"]
+COLUMNS = ["", "score", "KL (nats)", "wins (95 %)", "accuracy", "tokens/s", "peak"]
 
 LEGEND = (
-    "Score: exact, by program. KL: to the SFT policy, in nats an answer. Wins: share of held-out prompts where the "
-    "exact score is above that of SFT's own answer, a tie half, with Wilson's interval; SFT is held against other "
-    "answers of its own. Accuracy: pairs of held-out answers that reward model and exact score order alike."
+    "PPO runs once with the learned reward and once with the exact score. Score: exact, by program. KL: to the SFT "
+    "policy, in nats an answer. Wins: share of held-out prompts where the exact score is above that of SFT's own answer, "
+    "a tie half, with Wilson's interval; SFT is held against other answers of its own. Accuracy: pairs of held-out "
+    "answers that reward model and exact score order alike. Peak: of the process while it trained."
 )
 
 
 def print_report(report: Report, folder: Path, console: Console) -> None:
     """The table and three answers before and after."""
     table = Table(
-        *COLUMNS, title=f"{escape(report.model)}: {len(report.roles)} adapters on {_copies(report.base_copies)}"
+        *COLUMNS,
+        box=box.SIMPLE,
+        title=f"{escape(report.model)}: {len(report.roles)} adapters on {_copies(report.base_copies)}",
     )
     for column in table.columns[1:]:
         column.justify = "right"
@@ -101,7 +105,7 @@ def print_report(report: Report, folder: Path, console: Console) -> None:
     for sample in report.samples:
         console.print(f"[bold]{escape(sample['prompt'])}[/bold]")
         for name in NAMES:
-            console.print(f"  {NAMES[name]:<20} {escape(_line(sample[name]))}", soft_wrap=True)
+            console.print(f"  {NAMES[name]:<12} {escape(_line(sample[name]))}", soft_wrap=True)
     console.print(
         f"{report.seconds:.0f} s in all. {folder / 'report.md'}, {folder / 'report.json'}, {folder / 'frontier.png'}"
     )

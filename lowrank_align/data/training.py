@@ -46,11 +46,13 @@ def training_rows(
     elif settings.eval_rows:
         train, held_out = split_off(loaded.rows, settings.eval_rows, settings.seed)
     rendered = render_all(render, train, skip_bad=bad_rows if settings.skip_bad else None)
-    _tell_rendered(rendered, len(train), settings.rows, bad_rows, tell)
+    _tell_rendered(rendered, len(train), settings.rows, settings.max_length, bad_rows, tell)
     rendered_out = RenderedRows([])
     if held_out:
         rendered_out = render_all(render, held_out, skip_bad=held_out_bad if settings.skip_bad else None)
-        _tell_rendered(rendered_out, len(held_out), settings.eval_data or "held-out rows", held_out_bad, tell)
+        _tell_rendered(
+            rendered_out, len(held_out), settings.eval_data or "held-out rows", settings.max_length, held_out_bad, tell
+        )
     dropped = rendered.dropped + rendered_out.dropped
     return TrainingRows(rendered.tree_rows, rendered_out.tree_rows, loaded.sha256, dropped)
 
@@ -62,9 +64,12 @@ def _tell_loaded(loaded: Loaded, source: str, bad_rows: Path, tell: Tell) -> Non
         tell(f"{source}: {loaded.skipped} bad rows set aside in {bad_rows.name}")
 
 
-def _tell_rendered(rendered: RenderedRows, count: int, source: str, bad_rows: Path, tell: Tell) -> None:
+def _tell_rendered(
+    rendered: RenderedRows, count: int, source: str, max_length: int, bad_rows: Path, tell: Tell
+) -> None:
     if rendered.truncated:
-        tell(f"{source}: {rendered.truncated} of {count} rows cut at max_length ({rendered.truncated_tokens} tokens)")
+        cut = f"{rendered.truncated} of {count} rows cut at max_length {max_length}"
+        tell(f"{source}: {cut} ({rendered.truncated_tokens} tokens)")
     if rendered.dropped:
         first = ": ".join(rendered.dropped[0])
         dropped = f"{len(rendered.dropped)} of {count} rows dropped"
