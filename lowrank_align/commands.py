@@ -227,8 +227,8 @@ def _answer(row: Row, text: str, finished: bool) -> dict[str, Any]:
 
 
 def _batches(count: int, size: int) -> Iterator[range]:
-    starts = range(0, count, size)
-    for start in track(starts, description="rows", console=Console(stderr=True), transient=True):
+    starts, console = range(0, count, size), Console(stderr=True)
+    for start in track(starts, "rows", console=console, transient=True, disable=not console.is_terminal):
         yield range(start, min(start + size, count))
 
 

@@ -114,7 +114,7 @@ def test_what_the_terminal_cannot_show_is_escaped(tiny_llama: Path, monkeypatch:
 
 
 def test_flags_over_file_over_defaults(sft: tuple[object, ...], command: Command) -> None:
-    """rank is in the file and given, seed in the file alone, batch_size nowhere; a yes in the file has its --no- flag."""
+    """rank is in both, seed in the file alone, batch_size in neither; over a yes of the file there is a --no- flag."""
     Path("c.yaml").write_text("rank: 8\nseed: 7\ngradient_checkpointing: yes\nskip_bad: yes\nlearning_rate: 1e-3\n")
     base = [word for word in sft if word not in ("--batch-size",)]
     base.remove("2")  # the batch size's; the rank's stays

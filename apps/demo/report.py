@@ -85,8 +85,8 @@ COLUMNS = ["", "score", "KL (nats)", "wins (95 %)", "accuracy", "tokens/s", "pea
 LEGEND = (
     "PPO runs once with the learned reward and once with the exact score. Score: exact, by program. KL: to the SFT "
     "policy, in nats an answer. Wins: share of held-out prompts where the exact score is above that of SFT's own "
-    "answer, a tie half, with Wilson's interval; SFT is held against other answers of its own. Accuracy: pairs of held-out "
-    "answers that reward model and exact score order alike. Peak: of the process while it trained."
+    "answer, a tie half, with Wilson's interval; SFT is held against other answers of its own. Accuracy: pairs of "
+    "held-out answers that reward model and exact score order alike. Peak: of the process while it trained."
 )
 
 
