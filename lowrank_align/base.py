@@ -14,10 +14,8 @@ import copy
 import gc
 import logging
 import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +29,11 @@ from lowrank_align import adapters
 from lowrank_align.errors import UserError, nearest
 from lowrank_align.loading import Attention, Loaded, Quantize, context_tokens, load_frozen
 from lowrank_align.probe import choose_layout, choose_logits
+from lowrank_align.roles import BARE, BackwardInsideRole, Role, Visit
 from lowrank_align.scoring import LogitsHead, TokenScores, scalar_scores, scalar_values, token_scores
 from lowrank_align.trees import Layout, TreeBatch, TreeRow, attention_mask, collate
 
 log = logging.getLogger(__name__)
-
-BARE = "base"  # the role that is always there: no adapter at all
-
-
-@dataclass
-class Role:
-    """An adapter's name (None: the bare base), and a scalar head where the role scores instead of speaking."""
-
-    name: str
-    adapter: str | None = None
-    trainable: bool = False
-    head: Any = None  # nn.Linear(hidden, 1), fp32
-    shift: float = 0.0  # subtracted from a reward model's raw scores
-    parent: Path | None = None  # the run it started from
-    parameters: dict[str, nn.Parameter] = field(default_factory=dict)  # LoRA weights (PEFT's names) and `score.weight`
 
 
 class Base:
@@ -65,7 +49,7 @@ class Base:
         self.roles: dict[str, Role] = {BARE: Role(BARE)}
         self._frozen = list(self.model.parameters())
         self._lora_layers: list[LoraLayer] = []
-        self._stack: list[_Visit] = [_Visit(self.roles[BARE])]
+        self._stack: list[Visit] = [Visit(self.roles[BARE])]
         self._backbone: Any = self.model.get_decoder()
         self._backbone.register_forward_hook(self._guard_output)
         self._dict_masks = bool(getattr(self.config, "layer_types", None))
@@ -155,7 +139,7 @@ class Base:
         with a graph that still waits for it is a RuntimeError, and so is a backward under another role.
         """
         role = self._find(name)
-        visit = _Visit(role)
+        visit = Visit(role)
         self._stack.append(visit)
         self._activate(role)
         try:
@@ -374,50 +358,8 @@ class Base:
     def _guard_output(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         hidden = output.last_hidden_state
         if hidden.requires_grad:
-            output.last_hidden_state = _BackwardInsideRole.apply(hidden, self, self._stack[-1])
+            output.last_hidden_state = BackwardInsideRole.apply(hidden, self._stack[-1], lambda: self.active_role)
         return output
-
-
-class _Visit:
-    """One stay in a role, and the graphs made during it that still wait for their backward."""
-
-    def __init__(self, role: Role) -> None:
-        self.role = role
-        self.graphs: list[weakref.ref[_Graph]] = []
-
-    def pending(self) -> bool:
-        alive = [ref() for ref in self.graphs]
-        return any(graph is not None and not graph.done for graph in alive)
-
-
-class _Graph:
-    """Lives as long as autograd keeps the graph that holds it."""
-
-    def __init__(self, role: Role) -> None:
-        self.role = role
-        self.done = False
-
-
-class _BackwardInsideRole(torch.autograd.Function):
-    """The identity; its backward refuses to run under another role than its forward did."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, base: Base, visit: _Visit) -> Tensor:
-        ctx.base, ctx.graph = base, _Graph(visit.role)
-        visit.graphs = [ref for ref in visit.graphs if ref() is not None]
-        visit.graphs.append(weakref.ref(ctx.graph))
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        active: Role = ctx.base.active_role
-        if active is not ctx.graph.role:
-            raise RuntimeError(
-                f"backward of role {ctx.graph.role.name!r} ran under role {active.name!r}; "
-                "call backward inside its role"
-            )
-        ctx.graph.done = True
-        return gradients[0], None, None
 
 
 def _linear_names(backbone: nn.Module) -> list[str]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from lowrank_align import adapters
-from lowrank_align.base import BARE, Base
+from lowrank_align.base import Base
 from lowrank_align.checkpoint import write_atomic
 from lowrank_align.config import (
     GenerateSettings,
@@ -29,6 +29,7 @@ from lowrank_align.data.show import print_rows
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.loading import check_device, model_folder, read_config, read_tokenizer
 from lowrank_align.provenance import weights_hash
+from lowrank_align.roles import BARE
 from lowrank_align.rollout import generator_for, sample
 from lowrank_align.runs import check_place
 from lowrank_align.trees import TreeBatch, TreeRow

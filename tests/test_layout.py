@@ -22,7 +22,7 @@ LAYERS: dict[str, list[str]] = {
     "settings": ["config", "presets", "plan", "ratings", "store"],
     "tensors": ["tensors", "trees", "objectives"],
     "a run": ["memory", "checkpoint", "provenance", "runs", "plots", "progress", "stopping"],
-    "the base and its rows": ["data", "tiny", "loading", "adapters", "scoring", "probe", "base"],
+    "the base and its rows": ["data", "tiny", "loading", "adapters", "scoring", "roles", "probe", "base"],
     "around the base": ["rollout", "rewards", "export"],
     "methods": ["methods"],
     "training": ["loop", "checks", "train"],

@@ -103,6 +103,23 @@ def test_installed_command_answers(installed: Path, tmp_path: Path) -> None:
     assert "demo" in run_python("-m", "lowrank_align", "--help", cwd=tmp_path, PYTHONPATH=str(installed))
 
 
+def test_installed_wheel_trains(installed: Path, tmp_path: Path, trained: Path, tiny_llama: Path, cache: Path) -> None:
+    """`show` and one step of `sft` from a folder that has nothing of the checkout, in one child; so has its preset."""
+    rows, model = str(trained / "demonstrations.jsonl"), str(tiny_llama)
+    few = ["--quantize", "none", "--max-steps", "1", "--batch-size", "2", "--rank", "2"]
+    code = (
+        "import sys; from lowrank_align.cli import main; from lowrank_align.presets import read_preset;"
+        f"shown = main(['show', '--model', {model!r}, '--data', {rows!r}, '-n', '1']);"
+        f"done = main(['sft', '--model', {model!r}, '--data', {rows!r}, '--out', 'run', *{few!r}]);"
+        "print(shown, done, read_preset('tiny')['model'], sys.modules['lowrank_align'].__file__)"
+    )
+    out = run_python("-c", code, cwd=tmp_path, PYTHONPATH=str(installed), LOWRANK_ALIGN_CACHE=str(cache))
+    assert out.splitlines()[-1] == f"0 0 tiny {installed / 'lowrank_align' / '__init__.py'}"
+    assert "demonstrations.jsonl:1" in out
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / "plots" / "loss.png").is_file()
+
+
 def test_constraints_pin_every_dependency_once_and_nothing_local() -> None:
     """Name==version lines only, sorted: a local tag (+cpu) or an address would tie the file to one machine."""
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
