@@ -43,7 +43,7 @@ class Base:
         self.model: Any = loaded.model
         self.tokenizer: Any = loaded.tokenizer
         self.name, self.path, self.weights_hash = loaded.name, loaded.path, loaded.weights_hash
-        self.compute_dtype = loaded.compute_dtype
+        self.compute_dtype, self.quantize = loaded.compute_dtype, loaded.quantize
         self.config: Any = self.model.config.get_text_config()
         self.device: torch.device = next(self.model.parameters()).device
         self.roles: dict[str, Role] = {BARE: Role(BARE)}

@@ -24,10 +24,11 @@ log = logging.getLogger(__name__)
 ROOM_BYTES = 64 * 2**20  # below this much free disk no run is begun
 INPUTS = ("model", "adapter", "reward", "data", "prompts", "eval_data", "chat_template")
 
-# What may differ between a run and its resumption: nothing that changes which numbers come out but how far it goes.
+# What may differ between a run and its resumption: how far it goes (with it the rate's schedule), how often it
+# reports, and what of it is in memory at once.
 RESUMABLE_CHANGES = {
-    "max_steps", "epochs", "micro_batch_size", "rollout_batch_size", "log_steps", "eval_steps", "sample_steps",
-    "sample_tokens", "save_steps", "keep_checkpoints", "report_to", "device", "early_stopping", "out",
+    "max_steps", "epochs", "micro_batch_size", "log_steps", "eval_steps", "sample_steps",
+    "save_steps", "keep_checkpoints", "report_to", "device", "early_stopping", "out",
 }  # fmt: skip
 
 
@@ -109,6 +110,9 @@ def check_resumable(settings: TrainSettings, out: Path, data_hash: str) -> None:
     if settings.adapter is not None:  # with other bytes, DPO and PPO would get another reference half-way
         begun = (record.get("parent") or {}).get("adapter_hash")
         sources.append((settings.adapter, begun, adapters.weights_sha256(settings.adapter)))
+    reward = getattr(settings, "reward", None)
+    if reward is not None and not is_function(reward):
+        sources.append((reward, record.get("reward_hash"), adapters.weights_sha256(reward)))
     for source, before_hash, hash_now in sources:
         if before_hash not in (None, hash_now):
             raise UserError(f"--resume: {source} has changed since {out} began; put it back, or use a new --out")

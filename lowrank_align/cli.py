@@ -29,6 +29,7 @@ from lowrank_align.errors import (
     EXIT_DONE,
     EXIT_ENVIRONMENT,
     EXIT_RESUMABLE,
+    Stopped,
     UserError,
     nearest,
 )
@@ -59,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(command, arguments)
     except UserError as error:
-        print("error:", *str(error).splitlines(), file=sys.stderr)  # one line, whatever a user's function raised
+        # one line, whatever a user's function raised; what was stopped on request is no error
+        print(*["error:"] * (not isinstance(error, Stopped)), *str(error).splitlines(), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted" + "; --resume goes on from the last checkpoint" * (command in METHODS), file=sys.stderr)

@@ -54,6 +54,9 @@ class ModelSettings(Settings):
     """Seeds the order of rows, new adapters, rollouts and samples."""
 
 
+ADAPTERS_OWN = ("rank", "alpha", "target_modules")  # settings of a new adapter; a continued one has its own
+
+
 class TrainSettings(ModelSettings):
     """What all training methods share."""
 
@@ -114,7 +117,7 @@ class TrainSettings(ModelSettings):
     eval_steps: Positive = 50
     """Held-out rows are scored every so many steps, and at the end."""
     early_stopping: NotNegative = 0
-    """Stop when eval_loss has not fallen for so many evaluations, and keep the best adapter; 0: never."""
+    """Stop when so many evaluations brought no better eval_loss (PPO: score), and keep the best adapter; 0: never."""
     sample_steps: NotNegative = 50
     """Samples are printed and kept every so many steps; 0: never."""
     sample_tokens: Positive = 48
@@ -137,6 +140,9 @@ class TrainSettings(ModelSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainSettings":
+        fixed = [name for name in ADAPTERS_OWN if getattr(self, name) != type(self).model_fields[name].default]
+        if self.adapter and fixed:
+            raise ValueError(f"{fixed[0]}: the adapter that is continued keeps its own; leave it out with adapter")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
         if self.eval_data and self.eval_rows:
@@ -368,7 +374,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def to_yaml(settings: TrainSettings) -> str:
     """The resolved settings, so that `lowrank-align METHOD --config RUN/config.yaml` runs them again."""
-    values = settings.model_dump(exclude={"resume", "overwrite"})
+    unused = set(ADAPTERS_OWN) if settings.adapter else set()
+    values = settings.model_dump(exclude={"resume", "overwrite"} | unused)
     return f"# lowrank-align {settings.method} --config THIS_FILE\n" + yaml.safe_dump(
         {"method": settings.method, **values}, sort_keys=False, allow_unicode=True
     )

@@ -34,6 +34,7 @@ class Loaded:
     path: Path  # the folder it was read from
     weights_hash: str  # of the weight files: the same however it is quantised
     compute_dtype: torch.dtype
+    quantize: Quantize = "none"
 
 
 def load_frozen(
@@ -56,7 +57,7 @@ def load_frozen(
     _switch_dropout_off(model)
     _keep_4bit_layout(model)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return Loaded(model, tokenizer, name, path, weights_hash(path), compute)
+    return Loaded(model, tokenizer, name, path, weights_hash(path), compute, quantize)
 
 
 def model_folder(name: str) -> Path:

@@ -8,6 +8,7 @@ seeded by what it is for, so there is no global state to keep.
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,7 @@ from lowrank_align.errors import EnvironmentProblem, NumericError, Stopped
 from lowrank_align.methods.method import Method, Metrics
 from lowrank_align.progress import Progress
 from lowrank_align.rollout import generator_for, seed_of
-from lowrank_align.runs import RunFolder
+from lowrank_align.runs import METRICS, RunFolder, read_metrics
 from lowrank_align.stopping import StopSignals
 from lowrank_align.trees import TreeRow
 
@@ -57,6 +58,7 @@ class Loop:
         self.run_folder, self.progress, self.stop = run, progress, stop
         self.base = method.base
         self.sizes = {"micro_batch_size": self.settings.micro_batch_size}
+        self.steps_done = 0
         self.skipped = self.skipped_in_a_row = 0
         self.best: tuple[float, int, dict[str, Tensor]] | None = None  # what is watched, its step, the adapter then
         self.best_evaluation: dict[str, float] = {}
@@ -74,9 +76,12 @@ class Loop:
         self.scheduler = get_scheduler(
             self.settings.lr_schedule,
             self.optimizer.optimizer,
-            num_warmup_steps=math.ceil(self.settings.warmup_ratio * updates),
-            num_training_steps=updates,
+            num_warmup_steps=math.floor(self.settings.warmup_ratio * updates) + 1,
+            num_training_steps=updates + 1,
         )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "step of the scheduler before the optimizer's": on purpose
+            self.scheduler.step()  # the schedule's point 0 has a rate of 0: an update there would train nothing
         method.backward = self.accelerator.backward
 
     @property
@@ -92,10 +97,14 @@ class Loop:
         if s.report_to:
             self.accelerator.init_trackers("lowrank_align", config={"method": s.method})
         if start == 0:
-            self.method.check_start(self.rows[: min(2, len(self.rows))])
+            self.method.check_start(self.rows)
         self.base.model.train()
         self.progress.start(s.method, self.total_steps, start)
+        if start == self.total_steps:  # killed between its last checkpoint and its end
+            logged = read_metrics(self.run_folder.path / METRICS)
+            figures = {name: value for name, value in (logged[-1] if logged else {}).items() if name != "step"}
         for step in range(start + 1, self.total_steps + 1):
+            self.steps_done = step
             last = step == self.total_steps
             figures = self._step(step)
             evaluated = self._evaluate(step) if self.eval_rows and (last or step % s.eval_steps == 0) else {}
@@ -128,6 +137,7 @@ class Loop:
         began = time.perf_counter()
         metrics, losses = Metrics(), []
         norms: list[float] = []
+        learning_rate = self.scheduler.get_last_lr()[0]
         for update, items in enumerate(self.method.round(self._rows_of(step), step, self.retry)):
             loss, norm = self._update(items, metrics, step, update)
             losses.append(loss)
@@ -137,7 +147,7 @@ class Loop:
             **metrics.results(),
             **self.method.round_metrics(),
             "grad_norm": sum(norms) / len(norms),
-            "learning_rate": self.scheduler.get_last_lr()[0],
+            "learning_rate": learning_rate,
             "skipped": float(self.skipped),
             "seconds": time.perf_counter() - began,
         }
@@ -303,6 +313,7 @@ class Loop:
             self.best = (value, step, {k: t.to(self.base.device) for k, t in kept.items()})
             self.best_evaluation = values["best_evaluation"]
         self.method.load_state(values["method"])
+        self.steps_done = int(values["step"])
         self.run_folder.truncate_metrics(values["step"])
         self.progress.note(f"resumed from {path.name} of {self.total_steps} steps")
         return int(values["step"])

@@ -1,7 +1,6 @@
 """Peak memory of this process, on the GPU where the base is there, else in RAM."""
 
 import ctypes
-import resource
 import sys
 from pathlib import Path
 
@@ -30,6 +29,10 @@ def peak_bytes(device: torch.device) -> int:
     if status.is_file():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # Windows has none
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -1,5 +1,6 @@
 """What is tried once when a model is loaded, on random tokens, instead of trusting a list of model names.
 
+- Sliding windows are longer than the probe's rows and so not tried here; the tests do that for known families.
 - Do completions of a tree row stay apart, and do they get the log-probs of separate rows? Layers with a recurrent state
   (mamba, gated delta nets, convolutions) leak from one completion into the next; such models get flat rows.
 - Does our head give the model's own logits? Where a family does something to them that we do not know, the scorer

@@ -33,6 +33,7 @@ from lowrank_align.methods.method import Method
 from lowrank_align.plots import plot_metrics
 from lowrank_align.progress import Progress
 from lowrank_align.provenance import folder_sha256, model_card, write_provenance
+from lowrank_align.rewards import is_function
 from lowrank_align.runs import RunFolder, check_output, open_run, refuse_running
 from lowrank_align.stopping import StopSignals
 
@@ -68,7 +69,9 @@ def train(
     check_output(out, resume=settings.resume, overwrite=settings.overwrite)
     finished = finished_before(settings, out)
     if finished is not None:
-        progress.note(f"{out}: finished already at step {finished.get('steps')}")
+        progress.note(
+            f"{out}: finished already at step {finished.get('steps')} (to train on: a new --out with --adapter {out})"
+        )
         return Summary(out, finished.get("steps", 0), finished.get("summary", {}))
     check_machine(settings, out)
     check_inputs_stay(settings, out)
@@ -120,7 +123,7 @@ def _run(
     finally:
         progress.close()
         method.base.enable_checkpointing(False)  # evaluation mode too, for whoever uses the base next
-    figures |= method.finish(rows.rows)
+    figures |= method.finish(rows.rows, loop.retry)
     provenance["adapter_hash"] = method.save(run)
     record = write_provenance(run.path, **provenance)
     plots = plot_metrics(run.path / "metrics.jsonl", run.plots)
@@ -128,14 +131,16 @@ def _run(
     (run.path / "README.md").write_text(model_card(record, finite, run.path.name), encoding="utf-8")
     run.mark_finished(figures)
     _print_end(method, run, loop, figures, plots, progress)
-    return Summary(run.path, loop.total_steps, figures)
+    return Summary(run.path, loop.steps_done, figures)
 
 
 def _settings(method: str, base: Base | None, knobs: dict[str, Any]) -> TrainSettings:
     if method not in METHODS:
         raise UserError(f"{method}: no such method{nearest(method, METHODS)} (there are: {', '.join(METHODS)})")
     if base is not None:
-        knobs.setdefault("model", base.name)
+        for name, value in (("model", base.name), ("quantize", base.quantize)):
+            if knobs.setdefault(name, value) != value:
+                raise UserError(f"{name}: {knobs[name]!r} is not what the base has ({value!r}); leave it out")
     return resolve(METHODS[method], knobs)
 
 
@@ -155,7 +160,9 @@ def _provenance(method: Method[Any, Any], data_hash: str) -> dict[str, Any]:
     parent = None
     if s.adapter is not None:
         parent = {"run": s.adapter, "adapter_hash": adapters.weights_sha256(s.adapter)}
+    reward = getattr(s, "reward", None)
     return {
+        "reward_hash": adapters.weights_sha256(reward) if reward and not is_function(reward) else None,
         "base": base.name,
         "base_hash": base.weights_hash,
         "method": s.method,
@@ -178,7 +185,7 @@ def _print_end(
     if progress.quiet:
         return
     shown = [name for name in figures if name not in ("seconds", "learning_rate", "skipped", "grad_norm")]
-    progress.note(f"{run.path}: {method.settings.method} done, {loop.total_steps} steps")
+    progress.note(f"{run.path}: {method.settings.method} done, {loop.steps_done} steps; the last one:")
     for name in shown:
         progress.note(f"  {name:<28} {figures[name]:.4g}")
     progress.note(f"  adapter {run.adapter}, curves {run.plots} ({len(plots)} pictures)")

@@ -139,10 +139,10 @@ def test_the_order_is_the_seeds(run: Run, seen_rows: list[list[int]]) -> None:
 
 
 def test_schedule(run: Run) -> None:
-    """Linear, 4 steps, half of them warm-up: after each step the factor is 1/2, 1, 1/2, 0."""
+    """Linear, 4 steps, 2 of them warm-up: the rise 0, 1/3, 2/3, 1 and the fall 1, 1/2, 0 without their zeros."""
     knobs = {"learning_rate": 1e-3, "lr_schedule": "linear", "warmup_ratio": 0.5}
     rates = [line["learning_rate"] for line in metrics_of(run("sft", ROWS, "run", **knobs))]
-    assert rates == pytest.approx([0.5e-3, 1e-3, 0.5e-3, 0.0])
+    assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 0.5e-3])
 
 
 def test_first_step_of_adam(run: Run) -> None:

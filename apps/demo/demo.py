@@ -67,11 +67,11 @@ def run_demo(out: str, model: str, score: str | None, quantize: Any, quick: bool
         raise UserError("demo: --model needs --score module:function, the exact score of answers to review prompts")
     function = load_function(score or EXACT)
     folder = Path(out)
-    _clear(folder)
     if model == "tiny":
         _build_tiny(console)
     console.rule("one base, loaded once")
     base = Base.load(model, quantize=quantize)
+    _clear(folder)
     console.print(f"{model}, {quantize}: {base.frozen_bytes() / 1e6:.2f} MB of frozen weights, {base.layout} rows")
     share = QUICK_SHARE if quick else 1
     demo = Demo(
@@ -179,7 +179,15 @@ def _train(demo: Demo, method: str, name: str, **knobs: str) -> None:
         preset["max_steps"] = max(2, preset["max_steps"] // demo.share)
     settings = resolve(
         METHODS[method],
-        {"sample_steps": 0, "seed": demo.seed, **preset, **knobs, "model": demo.base.name, "out": str(demo.out / name)},
+        {
+            "sample_steps": 0,
+            "seed": demo.seed,
+            **preset,
+            **knobs,
+            "model": demo.base.name,
+            "quantize": demo.base.quantize,
+            "out": str(demo.out / name),
+        },
     )
     reset_peak(demo.base.device)
     train(settings, base=demo.base, progress=Progress(demo.console))

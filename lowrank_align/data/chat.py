@@ -128,6 +128,8 @@ class Renderer:
             prompt_length, whole, notes = self._chat(row) if _is_chat(row) else self._text(row)
         except UserError as error:
             raise UserError(f"{row.where}: {_field(row)}: {error}") from None
+        if not row.finished:
+            whole = [self._without_end(completion) for completion in whole]
         room = self.max_length - prompt_length
         if not all(any(completion.mask) for completion in whole):
             return Rendered(None, NOTHING_TRAINED, notes=notes)
@@ -167,6 +169,13 @@ class Renderer:
     def template_hash(self) -> str:
         """SHA-256 of the template's text, for `provenance.json`."""
         return self._template.hash()
+
+    def _without_end(self, completion: Completion) -> Completion:
+        """Less the end tokens behind it: the text goes on, it was only cut."""
+        length = len(completion.ids)
+        while length and completion.ids[length - 1] in self.end_ids:
+            length -= 1
+        return Completion(completion.ids[:length], completion.mask[:length])
 
     @property
     def _context_id(self) -> int:

@@ -48,6 +48,7 @@ class Row:
     label: bool | None = None  # unpaired
     score: float | None = None  # scored
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # `chat_template_kwargs`, and `tools`
+    finished: bool = True  # False where `generate` cut the completion: no end token follows it
     index: int = 0  # 0-based place in the file
     where: str = ""  # "pairs.jsonl:17"
     read_as: str = ""  # "ShareGPT", "Alpaca" or "HH" where the row was converted
@@ -66,7 +67,7 @@ def parse_row(raw: Any, where: str, index: int, *, expect: Collection[Shape] = (
         row = _parse_columns(to_columns(raw), frozenset(expect))
     except FieldError as error:
         raise UserError(f"{where}: {error}") from None
-    return replace(row, where=where, index=index)
+    return replace(row, where=where, index=index, finished=raw.get("finished") is not False)
 
 
 def _parse_columns(columns: Columns, expect: frozenset[Shape]) -> Row:

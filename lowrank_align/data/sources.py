@@ -46,7 +46,7 @@ def open_source(source: str | Path, split: str = "train") -> RawSource:
         return _open_folder(path, split)
     if path.exists():  # also a pipe, as of `--data <(zcat rows.gz)`
         return _open_files([path], path.parent)
-    if isinstance(source, Path) or _is_path(source):
+    if isinstance(source, Path) or _is_path(source) or source.count("/") != 1:  # a dataset's id is owner/name
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         where = "" if path.parent.is_dir() else f", nor is its folder {path.parent}"
         raise UserError(f"{source}: no such file{where}{nearest(path.name, siblings)}")

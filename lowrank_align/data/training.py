@@ -53,6 +53,8 @@ def training_rows(
         _tell_rendered(
             rendered_out, len(held_out), settings.eval_data or "held-out rows", settings.max_length, held_out_bad, tell
         )
+    kept = f"training on {len(rendered.tree_rows)} rows"
+    tell(f"{kept}, {len(rendered_out.tree_rows)} held out" if held_out else kept)
     dropped = rendered.dropped + rendered_out.dropped
     return TrainingRows(rendered.tree_rows, rendered_out.tree_rows, loaded.sha256, dropped)
 

@@ -19,7 +19,7 @@ from lowrank_align.trees import TreeRow
 Item = TypeVar("Item")
 SettingsT = TypeVar("SettingsT", bound=TrainSettings)
 
-START_TOLERANCE_NATS = 1e-5
+START_TOLERANCE_NATS, START_ROWS = 1e-5, 2
 
 # retry(f, knob) runs f(size) with the size that this setting names, halved while memory runs out
 Retry = Callable[[Callable[[int], Any], str], Any]
@@ -163,9 +163,9 @@ class Method(ABC, Generic[SettingsT, Item]):
     # ---- before and after
 
     def check_start(self, rows: Sequence[TreeRow]) -> None:
-        """What must hold before the first step, on a few rows; NumericError where it does not."""
+        """What must hold before the first step; NumericError or UserError where it does not."""
 
-    def finish(self, rows: Sequence[TreeRow]) -> dict[str, float]:
+    def finish(self, rows: Sequence[TreeRow], retry: Retry) -> dict[str, float]:
         """What is left to measure on the training rows when the last step is done."""
         return {}
 
@@ -194,7 +194,7 @@ class Method(ABC, Generic[SettingsT, Item]):
 
 def assert_policy_is_reference(base: Base, rows: Sequence[TreeRow]) -> None:
     """At step 0 the policy *is* the reference: DPO's loss is ln 2 and PPO's KL is 0, or everything after is skewed."""
-    batch = base.collate(list(rows))
+    batch = base.collate(list(rows[:START_ROWS]))
     logps = []
     for name in ("policy", "reference"):
         with base.role(name), torch.no_grad():

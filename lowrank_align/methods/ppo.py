@@ -53,7 +53,8 @@ class PPO(Method[PPOSettings, Episode]):
         ids = renderer.prompt_ids(row)
         if len(ids) + settings.max_new_tokens > settings.max_length:
             return Rendered(None, f"prompt of {len(ids)} tokens leaves no room for {settings.max_new_tokens} new ones")
-        text = row.prompt if isinstance(row.prompt, str) else renderer.decode(ids)
+        # what a reward function sees: the prompt as the row has it; of a conversation, what was said last
+        text = row.prompt if isinstance(row.prompt, str) else str(row.prompt[-1]["content"])
         return Rendered(TreeRow(ids, [], index=row.index, prompt_text=text))
 
     # ---- roles
@@ -229,7 +230,7 @@ class PPO(Method[PPOSettings, Episode]):
 
     def check_start(self, rows: Sequence[TreeRow]) -> None:
         end = self.renderer.end_ids[:1]
-        assert_policy_is_reference(self.base, [TreeRow(row.prompt_ids, [Completion(end, [True])]) for row in rows])
+        assert_policy_is_reference(self.base, [TreeRow(row.prompt_ids, [Completion(end, [True])]) for row in rows[:2]])
 
     def save(self, run: RunFolder) -> str:
         """`adapter/` is the policy, `value/` the critic with its head."""

@@ -13,7 +13,8 @@ from lowrank_align.checkpoint import write_atomic
 from lowrank_align.config import RewardSettings
 from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import Shape
-from lowrank_align.methods.method import Method, Metrics
+from lowrank_align.errors import UserError
+from lowrank_align.methods.method import Method, Metrics, Retry
 from lowrank_align.objectives.paired import bradley_terry, centring, mean_per_row
 from lowrank_align.rollout import generator_for, inference, sample
 from lowrank_align.runs import RunFolder
@@ -60,20 +61,29 @@ class Reward(Method[RewardSettings, TreeRow]):
         super().__init__(base, settings, renderer)
         self.shifted_rows = 0
 
-    def finish(self, rows: Sequence[TreeRow]) -> dict[str, float]:
+    def check_start(self, rows: Sequence[TreeRow]) -> None:
+        """Where the shift is taken over the start adapter's answers, some prompt must leave room for one."""
+        if self.settings.shift_over == "reference" and not self._with_room(rows[: self.settings.shift_rows]):
+            tokens = self.settings.sample_tokens
+            raise UserError(
+                f"shift_over reference: no prompt leaves room for {tokens} new tokens; lower --sample-tokens"
+            )
+
+    def finish(self, rows: Sequence[TreeRow], retry: Retry) -> dict[str, float]:
         """The shift that puts the mean score of the chosen kind of completions at 0."""
         rows = rows[: self.settings.shift_rows]
         if self.settings.shift_over == "chosen":
             rows = [_best_only(row) for row in rows]
         elif self.settings.shift_over == "reference":
             rows = self._answers_of_start(rows)
+
+        def mean_score(size: int) -> float:
+            with self.base.role("reward"), inference(self.base), torch.no_grad():
+                batches = [self.base.collate(list(rows[i : i + size])) for i in range(0, len(rows), size)]
+                return torch.cat([self.base.scores(batch) for batch in batches]).double().mean().item()
+
         role = self.base.roles["reward"]
-        found = []
-        with self.base.role("reward"), inference(self.base), torch.no_grad():
-            for i in range(0, len(rows), self.settings.micro_batch_size):
-                batch = self.base.collate(list(rows[i : i + self.settings.micro_batch_size]))
-                found.append(self.base.scores(batch).cpu())
-        role.shift, self.shifted_rows = torch.cat(found).double().mean().item(), len(rows)
+        role.shift, self.shifted_rows = retry(mean_score, "micro_batch_size"), len(rows)
         return {"shift": role.shift}
 
     def samples(self, rows: Sequence[TreeRow], step: int) -> list[dict[str, Any]]:
@@ -96,11 +106,14 @@ class Reward(Method[RewardSettings, TreeRow]):
         write_atomic(run.path / REWARD, json.dumps(shift, indent=2) + "\n")
         return digest
 
+    def _with_room(self, rows: Sequence[TreeRow]) -> list[TreeRow]:
+        room = self.base.context_tokens - self.settings.sample_tokens
+        return [row for row in rows if len(row.prompt_ids) <= room]
+
     def _answers_of_start(self, rows: Sequence[TreeRow]) -> list[TreeRow]:
         start = self.settings.adapter
         self.base.add_role("start", start_from=start, trainable=False)
-        room = self.base.context_tokens - self.settings.sample_tokens
-        prompts = [row.prompt_ids for row in rows if len(row.prompt_ids) <= room]
+        prompts = [row.prompt_ids for row in self._with_room(rows)]
         with self.base.role("start"):
             answers = sample(
                 self.base,
