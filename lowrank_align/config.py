@@ -140,9 +140,6 @@ class TrainSettings(ModelSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainSettings":
-        fixed = [name for name in ADAPTERS_OWN if getattr(self, name) != type(self).model_fields[name].default]
-        if self.adapter and fixed:
-            raise ValueError(f"{fixed[0]}: the adapter that is continued keeps its own; leave it out with adapter")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
         if self.eval_data and self.eval_rows:

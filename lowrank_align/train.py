@@ -22,7 +22,7 @@ from lowrank_align.checks import (
     check_resumable,
     finished_before,
 )
-from lowrank_align.config import METHODS, TrainSettings, resolve, to_yaml
+from lowrank_align.config import ADAPTERS_OWN, METHODS, TrainSettings, resolve, to_yaml
 from lowrank_align.data.chat import Renderer
 from lowrank_align.data.training import TrainingRows, training_rows
 from lowrank_align.errors import UserError, nearest
@@ -87,6 +87,9 @@ def train(
         train_on=settings.train_on,
         max_length=settings.max_length,
     )
+    without_effect = [n for n in ADAPTERS_OWN if getattr(settings, n) != type(settings).model_fields[n].default]
+    if settings.adapter is not None and without_effect:
+        progress.note(f"{', '.join(without_effect)}: without effect, the adapter that is continued keeps its own")
     kind = method_class(settings.method)
     with tempfile.TemporaryDirectory() as scratch:
         bad_rows = Path(scratch) / "bad_rows.jsonl"
@@ -170,7 +173,7 @@ def _provenance(method: Method[Any, Any], data_hash: str) -> dict[str, Any]:
         "template_hash": method.renderer.template_hash(),
         "data_hash": data_hash,
         "parent": parent,
-        "config": s.model_dump(),
+        "config": s.model_dump(exclude=set(ADAPTERS_OWN) if s.adapter else None),
     }
 
 

@@ -210,7 +210,8 @@ def test_resuming_a_finished_run_does_nothing(
 
     monkeypatch.setattr(Base, "load", lambda *_args, **_options: pytest.fail("the model was loaded"))
     before = content_of(Path("runs"))
-    assert command(*sft, "--out", "runs/sft", "--resume") == (0, "runs/sft: finished already at step 2\n", "")
+    told = "runs/sft: finished already at step 2 (to train on: a new --out with --adapter runs/sft)\n"
+    assert command(*sft, "--out", "runs/sft", "--resume") == (0, told, "")
     assert content_of(Path("runs")) == before
 
 

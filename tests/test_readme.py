@@ -113,6 +113,17 @@ def test_runs_are_listed_and_compared(ran: Ran) -> None:
     assert "runs/dpo" in comparison
 
 
+def test_a_runs_config_runs_it_again(ran: Ran, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the line that the README gives for it, to the same bytes."""
+    (line,) = re.findall(r"`lowrank-align (dpo --config [^`]*)`", README)
+    monkeypatch.chdir(ran.folder)
+    monkeypatch.setenv("LOWRANK_ALIGN_CACHE", str(cache))
+    assert main(line.split()) == 0
+    runs = (ran.folder / "runs" / name / "adapter" / "adapter_model.safetensors" for name in ("dpo", "again"))
+    first, again = (run.read_bytes() for run in runs)
+    assert first == again
+
+
 # ---- the Python
 
 
@@ -123,7 +134,7 @@ def test_python_on_the_embedded_base(
     monkeypatch.chdir(ran.folder)
     source = next(block for block in blocks("python") if "Base.load" in block)
     names: dict[str, Any] = {}
-    exec(compile(source, "README.md", "exec"), names)  # noqa: S102  our own file
+    exec(compile(source, "README.md", "exec"), names)
     first, last = capsys.readouterr().out.splitlines()[-2:]
     base = names["base"]
     assert first == f"policy {len(base.roles['policy'].parameters)}"
@@ -142,7 +153,7 @@ def test_python_of_other_libraries(ran: Ran, tiny_llama: Path, cache: Path, monk
     monkeypatch.chdir(ran.folder)
     monkeypatch.setenv("LOWRANK_ALIGN_CACHE", str(cache))
     names: dict[str, Any] = {"MODEL": str(tiny_llama)}
-    exec(compile(blocks("python", "## A run's folder")[0], "README.md", "exec"), names)  # noqa: S102  our own file
+    exec(compile(blocks("python", "## A run's folder")[0], "README.md", "exec"), names)
     argv = [
         "score",
         "--model",

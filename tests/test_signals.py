@@ -76,7 +76,7 @@ def test_stopped_saved_and_gone_on_with(
     assert noticed == f"{name}: saving at the end of this step (again: stop at once)"
     steps = [json.loads(line)["step"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert stopped == (
-        f"error: run: stopped at step {len(steps)} of 1000000 and saved; the same command with --resume goes on"
+        f"run: stopped at step {len(steps)} of 1000000 and saved; the same command with --resume goes on"
     )
     assert steps == list(range(1, len(steps) + 1))
     assert sealed_steps(Path("run/checkpoints")) == [len(steps)]

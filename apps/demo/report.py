@@ -143,7 +143,7 @@ def _draw_frontier(report: Report, path: Path) -> None:
         ylabel="exact score",
         title="What each method reaches, and how far it goes",
     )
-    axes.margins(0.2)
+    axes.margins(x=0.3, y=0.2)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 

@@ -241,6 +241,6 @@ def test_exit_code_and_message(tiny_llama: Path, tmp_path: Path, monkeypatch: py
     command += ["--quantize", "none", "--rank", "4", "--batch-size", "4", "--sample-steps", "0"]
     assert main(command) == EXIT_RESUMABLE
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error == "error: sft: stopped at step 1 of 3 and saved; the same command with --resume goes on"
+    assert error == "sft: stopped at step 1 of 3 and saved; the same command with --resume goes on"
     assert signal.getsignal(signal.SIGTERM) is handler
     assert main([*command, "--resume"]) == 0
