@@ -110,7 +110,9 @@ def test_shift(
     monkeypatch.setattr(module, "sample", sample)
     kept: list[Any] = []
     finish = module.Reward.finish
-    monkeypatch.setattr(module.Reward, "finish", lambda self, rows, retry: (kept.extend(rows), finish(self, rows, retry))[1])
+    monkeypatch.setattr(
+        module.Reward, "finish", lambda self, rows, retry: (kept.extend(rows), finish(self, rows, retry))[1]
+    )
     rows = [*PAIRS, RANKING, {**PAIRS[0], "prompt": "turned: ", "preference": 0.0}]
     knobs = {"shift_over": over, "shift_rows": shift_rows, "sample_tokens": 7, "centering_coefficient": 0.0}
     folder = run("reward", rows, "run", learning_rate=1e-2, lora_dropout=0.1, **knobs)

@@ -367,3 +367,13 @@ def test_the_real_pairs_at_the_real_context(shared: Path) -> None:
             assert length <= 512
             assert (completion.ids[-1] == 2) or length == 512
             assert all(completion.mask)
+
+
+def test_an_answer_that_was_cut_gets_no_end_token(make_tokenizer: Any, chatml: str) -> None:
+    """`generate` writes `finished: false` where an answer only ran out of room; it did not end there."""
+    renderer = Renderer(make_tokenizer(chatml), max_length=99)
+    assert tree(renderer, {"prompt": "Q:", "completion": " yes"}) == ("<s>Q:", [" yes</s>"])
+    assert tree(renderer, {"prompt": "Q:", "completion": " yes", "finished": False}) == ("<s>Q:", [" yes"])
+    chat = {"prompt": [user("Q")], "completion": [assistant("yes")]}
+    assert tree(renderer, chat)[1] == ["yes<|im_end|>"]
+    assert tree(renderer, chat | {"finished": False})[1] == ["yes"]
