@@ -316,12 +316,13 @@ def print_runs(folder: Path, console: Console) -> None:
 
     table = Table(box=None, pad_edge=False)
     for heading in ("run", "method", "state", "steps", "loss", "metric", "disk", "created", "from"):
-        table.add_column(heading, justify="right" if heading in ("steps", "loss", "disk") else "left", overflow="fold")
+        numbers, whole = heading in ("steps", "loss", "disk"), heading not in ("run", "from")
+        table.add_column(heading, justify="right" if numbers else "left", overflow="fold", no_wrap=whole)
     runs = list_runs(folder)
     for run in runs:
         metric = f"{run.key_metric[0]} {run.key_metric[1]:.3g}" if run.key_metric else ""
-        loss = f"{run.metrics['loss']:.4f}" if "loss" in run.metrics else ""
-        created, origin = run.created[:16].replace("T", " "), run.parent or Path(run.base).name
+        loss = f"{run.metrics['loss']:.3g}" if "loss" in run.metrics else ""
+        created, origin = run.created[5:16].replace("T", " "), run.parent or Path(run.base).name
         cells = (
             run.name,
             run.method,

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-
 from lowrank_align.apps.demo import demo as demo_module
+
 from lowrank_align.cli import main
 
 
