@@ -321,8 +321,8 @@ def print_runs(folder: Path, console: Console) -> None:
     runs = list_runs(folder)
     for run in runs:
         metric = f"{run.key_metric[0]} {run.key_metric[1]:.3g}" if run.key_metric else ""
-        loss = f"{run.metrics['loss']:.3g}" if "loss" in run.metrics else ""
-        created, origin = run.created[5:16].replace("T", " "), run.parent or Path(run.base).name
+        loss = f"{run.metrics['loss']:.4g}" if "loss" in run.metrics else ""
+        created, origin = run.created[5:10], Path(run.parent or run.base).name
         cells = (
             run.name,
             run.method,
