@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -94,11 +93,11 @@ def print_report(report: Report, folder: Path, console: Console) -> None:
     """The table and three answers before and after."""
     table = Table(
         *COLUMNS,
-        box=box.SIMPLE,
+        box=None,  # with lines between, 80 columns are too few
         title=f"{escape(report.model)}: {len(report.roles)} adapters on {_copies(report.base_copies)}",
     )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    for place, column in enumerate(table.columns):
+        column.justify, column.no_wrap = "right" if place else "left", True
     for row in report.rows():
         table.add_row(*row)
     console.print(table)
