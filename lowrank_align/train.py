@@ -87,9 +87,7 @@ def train(
         train_on=settings.train_on,
         max_length=settings.max_length,
     )
-    without_effect = [n for n in ADAPTERS_OWN if getattr(settings, n) != type(settings).model_fields[n].default]
-    if settings.adapter is not None and without_effect:
-        progress.note(f"{', '.join(without_effect)}: without effect, the adapter that is continued keeps its own")
+    _tell_without_effect(settings, progress)
     kind = method_class(settings.method)
     with tempfile.TemporaryDirectory() as scratch:
         bad_rows = Path(scratch) / "bad_rows.jsonl"
@@ -145,6 +143,13 @@ def _settings(method: str, base: Base | None, knobs: dict[str, Any]) -> TrainSet
             if knobs.setdefault(name, value) != value:
                 raise UserError(f"{name}: {knobs[name]!r} is not what the base has ({value!r}); leave it out")
     return resolve(METHODS[method], knobs)
+
+
+def _tell_without_effect(settings: TrainSettings, progress: Progress) -> None:
+    """Settings of a new adapter that were given although an older one is continued."""
+    given = [name for name in ADAPTERS_OWN if getattr(settings, name) != type(settings).model_fields[name].default]
+    if settings.adapter is not None and given:
+        progress.note(f"{', '.join(given)}: without effect, the adapter that is continued keeps its own")
 
 
 def _write_down(run: RunFolder, settings: TrainSettings, dropped: list[tuple[str, str]], scratch: Path) -> None:
