@@ -157,7 +157,7 @@ def _run(command: str, arguments: dict[str, Any]) -> int:
 def _runs(folder: str, compare: list[str] | None, delete: str | None, yes: bool) -> int:
     from rich.console import Console
 
-    from lowrank_align.runs import delete_run, deletion_notice, print_comparison, print_runs
+    from lowrank_align.listing import delete_run, deletion_notice, print_comparison, print_runs
 
     console = Console(highlight=False)
     if compare:

@@ -1,4 +1,4 @@
-"""A run's folder: who may write in it, what is logged there, and the listing of all of them.
+"""A run's folder: who may write in it, and what is logged there (`listing` shows all of them).
 
 One process at a time holds a run, through a lock on `.lock` that the operating system gives back when the process
 ends, however it ends. `run.json` tells how far the run got.
@@ -14,24 +14,18 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-from lowrank_align.checkpoint import sealed_steps, write_atomic
+from lowrank_align.checkpoint import write_atomic
 from lowrank_align.errors import EnvironmentProblem, UserError
-from lowrank_align.provenance import read_provenance
 
 if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +36,6 @@ KNOWN_ENTRIES = {LOCK, STATE, CONFIG, METRICS, SAMPLES, *OTHERS, *SUBFOLDERS}
 STATES = ("running", "finished", "stopped")
 LOCK_BYTE = 2**30  # Windows locks bytes, not files: one far behind the text, so that the text stays readable
 LOCK_TRIES, LOCK_PAUSE_SECONDS = 5, 0.02  # a listing holds the lock for a moment while it looks
-LISTING_DEPTH = 3
-TAIL_BYTES = 2**16
-KEY_METRICS = {"objective/scores": "score", "rewards/accuracies": "accuracy", "eval_loss": "eval loss"}
 
 
 def open_run(path: Path, *, resume: bool, overwrite: bool, method: str = "") -> RunFolder:
@@ -67,7 +58,7 @@ def open_run(path: Path, *, resume: bool, overwrite: bool, method: str = "") -> 
         check_output(path, resume, overwrite)  # again: it may have been filled before the lock was ours
         if overwrite:
             _refuse_running_inside(path)
-            _empty(path)
+            empty(path)
         return RunFolder(path, lock, method, created)
     except BaseException:
         lock.release()
@@ -222,139 +213,6 @@ def read_metrics(path: Path, tail_bytes: int | None = None) -> list[dict[str, An
     return found
 
 
-@dataclass
-class RunInfo:
-    """One line of the listing. `state` is running, finished, stopped, or stopped (resumable)."""
-
-    path: Path
-    name: str
-    method: str
-    state: str
-    steps: int
-    created: str
-    disk_bytes: int
-    base: str
-    parent: str | None
-    metrics: dict[str, float]  # the last value of each
-
-    @property
-    def key_metric(self) -> tuple[str, float] | None:
-        """The one figure beside the loss that tells how such a run went."""
-        return next(((short, self.metrics[name]) for name, short in KEY_METRICS.items() if name in self.metrics), None)
-
-
-@dataclass
-class Comparison:
-    """What differs between runs: for each key, or metric, one value a run (None where a run has none)."""
-
-    names: list[str]
-    config: dict[str, list[Any]] = field(default_factory=dict)
-    metrics: dict[str, list[float | None]] = field(default_factory=dict)
-
-
-def list_runs(folder: Path) -> list[RunInfo]:
-    """The runs in `folder`, and in runs that hold others, by name."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; runs are where --out put them")
-    return [_info(path, folder) for path in sorted(_find_runs(folder))]
-
-
-def compare_runs(paths: list[Path]) -> Comparison:
-    """The configuration keys in which the runs differ, and the last value of every metric."""
-    from lowrank_align.config import read_yaml
-
-    for path in paths:
-        if not looks_like_run(path):
-            raise UserError(f"{path}: not a run's folder (no {STATE} or {CONFIG})")
-    configs = [read_yaml(path / CONFIG) if (path / CONFIG).exists() else {} for path in paths]
-    configs = [{"method": _info(path, path).method, **config} for path, config in zip(paths, configs, strict=True)]
-    metrics = [_last_metrics(path) for path in paths]
-    keys = sorted(set().union(*configs))
-    columns = {key: [config.get(key) for config in configs] for key in keys}
-    return Comparison(
-        [str(path) for path in paths],
-        {key: values for key, values in columns.items() if any(value != values[0] for value in values)},
-        {name: [one.get(name) for one in metrics] for name in sorted(set().union(*metrics))},
-    )
-
-
-def deletion_notice(path: Path) -> str:
-    """One line on what `delete_run` would remove and which runs started from it, to ask with; the same refusals."""
-    from rich.filesize import decimal
-
-    path = Path(path)
-    if not looks_like_run(path):
-        raise UserError(f"{path}: not a run's folder (no {STATE} or {CONFIG}); nothing is deleted")
-    _refuse_protected(path)
-    _refuse_running_inside(path, own_lock=False)
-    info = _info(path, path.parent)
-    children = [run.name for run in list_runs(path.parent) if run.parent and _same_run(run.parent, path)]
-    heirs = f"; {', '.join(children)} started from it" if children else ""
-    return f"{path}: {info.method or 'run'}, {info.state}, {info.steps} steps, {decimal(info.disk_bytes)}{heirs}"
-
-
-def delete_run(path: Path) -> str:
-    """Remove a run that no process has open. Returns the `deletion_notice` of what is gone."""
-    notice, path = deletion_notice(path), Path(path).resolve()
-    lock = FolderLock(path)
-    try:
-        _empty(path)
-    except BaseException:
-        lock.release()
-        raise
-    lock.release(remove=True)
-    path.rmdir()
-    return notice
-
-
-def print_runs(folder: Path, console: Console) -> None:
-    """The listing as a table."""
-    from rich.filesize import decimal
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for heading in ("run", "method", "state", "steps", "loss", "metric", "disk", "created", "from"):
-        numbers, whole = heading in ("steps", "loss", "disk"), heading not in ("run", "from")
-        table.add_column(heading, justify="right" if numbers else "left", overflow="fold", no_wrap=whole)
-    runs = list_runs(folder)
-    for run in runs:
-        metric = f"{run.key_metric[0]} {run.key_metric[1]:.3g}" if run.key_metric else ""
-        loss = f"{run.metrics['loss']:.4g}" if "loss" in run.metrics else ""
-        created, origin = run.created[5:10], Path(run.parent or run.base).name
-        cells = (
-            run.name,
-            run.method,
-            run.state,
-            str(run.steps),
-            loss,
-            metric,
-            decimal(run.disk_bytes),
-            created,
-            origin,
-        )
-        table.add_row(*map(escape, cells))
-    total = decimal(sum(run.disk_bytes for run in runs if not any(other.path in run.path.parents for other in runs)))
-    console.print(table if runs else f"{escape(str(folder))}: no runs")
-    if runs:
-        console.print(f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {total}")
-
-
-def print_comparison(a: Path, b: Path, console: Console) -> None:
-    """Two runs side by side: differing configuration, then the last metrics."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    comparison = compare_runs([Path(a), Path(b)])
-    for title, rows in (("configuration that differs", comparison.config), ("last metrics", comparison.metrics)):
-        table = Table("", *map(escape, comparison.names), title=title, title_justify="left", box=None, pad_edge=False)
-        for key, values in rows.items():
-            shown = ("-" if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for v in values)
-            table.add_row(escape(key), *map(escape, shown))
-        console.print(table if rows else f"{title}: none")
-
-
 def looks_like_run(path: Path) -> bool:
     """A `run.json` of ours, or a `config.yaml` among nothing but what runs hold (other projects have one too)."""
     if not path.is_dir():
@@ -374,7 +232,7 @@ def check_output(path: Path, resume: bool, overwrite: bool) -> None:
     if not looks_like_run(path):
         raise UserError(f"{path}: holds files but is no run, so it is left alone; choose another --out")
     if overwrite:
-        _refuse_protected(path)
+        refuse_protected(path)
 
 
 def check_place(path: Path) -> Path:
@@ -392,7 +250,7 @@ def refuse_running(path: Path) -> None:
     _refuse_running_inside(path, own_lock=False)
 
 
-def _refuse_protected(path: Path) -> None:
+def refuse_protected(path: Path) -> None:
     real, here, home = path.resolve(), Path.cwd().resolve(), Path.home().resolve()
     what = {
         "the home folder or one above it": real == home or real in home.parents,
@@ -412,7 +270,7 @@ def _refuse_running_inside(path: Path, own_lock: bool = True) -> None:
             raise UserError(f"{lock.parent}: in use by another process ({_lock_owner(lock)}); wait for it or stop it")
 
 
-def _empty(path: Path) -> None:
+def empty(path: Path) -> None:
     """Remove everything but the lock, and what shows that this is a run last, should a kill come between."""
     try:
         for entry in sorted(path.iterdir(), key=lambda entry: (entry.name == STATE, entry.name == CONFIG, entry.name)):
@@ -443,56 +301,6 @@ def _lock_owner(path: Path) -> str:
     with contextlib.suppress(OSError):
         return ", ".join(path.read_text(errors="replace").split("\n")[:2]).strip(", ") or "starting"
     return "pid unknown"
-
-
-def _find_runs(folder: Path, depth: int = LISTING_DEPTH) -> Iterator[Path]:
-    is_run = looks_like_run(folder)
-    if is_run:
-        yield folder
-    if depth:
-        for entry in folder.iterdir():
-            hidden = entry.name.startswith(".") or (is_run and entry.name in SUBFOLDERS)
-            if entry.is_dir() and not entry.is_symlink() and not hidden:
-                yield from _find_runs(entry, depth - 1)
-
-
-def _info(path: Path, folder: Path) -> RunInfo:
-    state, provenance, metrics = read_state(path) or {}, {}, _last_metrics(path)
-    with contextlib.suppress(UserError):
-        provenance = read_provenance(path) or {}
-    if is_running(path):
-        shown = "running"
-    elif state.get("state") == "finished":
-        shown = "finished"
-    else:
-        shown = "stopped (resumable)" if sealed_steps(path / "checkpoints") else "stopped"
-    files = [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
-    created = state.get("started") or datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
-    parent = provenance.get("parent")
-    return RunInfo(
-        path=path,
-        name=path.name if path == folder else str(path.relative_to(folder)),
-        method=state.get("method") or provenance.get("method") or "",
-        state=shown,
-        steps=max(state.get("steps") or 0, int(metrics.pop("step", 0))),
-        created=created,
-        disk_bytes=sum(file.stat().st_size for file in files),
-        base=provenance.get("base") or "",
-        parent=parent.get("run") if isinstance(parent, dict) else None,
-        metrics=metrics,
-    )
-
-
-def _last_metrics(path: Path) -> dict[str, float]:
-    last: dict[str, float] = {}
-    for line in read_metrics(path / METRICS, TAIL_BYTES):
-        last |= {name: value for name, value in line.items() if isinstance(value, (int, float))}
-    return last
-
-
-def _same_run(named: str, path: Path) -> bool:
-    """Whether a provenance's parent, given from the current folder or from beside the run, is `path`."""
-    return path.resolve() in (Path(named).resolve(), (path.parent / named).resolve())
 
 
 def read_state(path: Path) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ LAYERS: dict[str, list[str]] = {
     "errors": ["errors"],
     "settings": ["config", "presets", "plan", "ratings", "store"],
     "tensors": ["tensors", "trees", "objectives"],
-    "a run": ["memory", "checkpoint", "provenance", "runs", "plots", "progress", "stopping"],
+    "a run": ["memory", "checkpoint", "provenance", "runs", "listing", "plots", "progress", "stopping"],
     "the base and its rows": ["data", "tiny", "loading", "adapters", "scoring", "roles", "probe", "base"],
     "around the base": ["rollout", "rewards", "export"],
     "methods": ["methods"],

@@ -17,18 +17,16 @@ from rich.console import Console
 
 from lowrank_align import runs
 from lowrank_align.errors import EnvironmentProblem, UserError
-from lowrank_align.provenance import write_provenance
-from lowrank_align.runs import (
+from lowrank_align.listing import (
     compare_runs,
     delete_run,
     deletion_notice,
-    is_running,
     list_runs,
-    open_run,
     print_comparison,
     print_runs,
-    read_metrics,
 )
+from lowrank_align.provenance import write_provenance
+from lowrank_align.runs import is_running, open_run, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -187,7 +185,7 @@ def test_overwrite_and_delete_never_remove_a_home_a_checkout_or_where_we_are(
             delete_run(tmp_path / name)
         assert (tmp_path / name / "run.json").exists()
     with pytest.raises(UserError, match="root of the disk|home|current"):
-        runs._refuse_protected(Path(tmp_path.anchor))
+        runs.refuse_protected(Path(tmp_path.anchor))
 
 
 def test_an_interrupted_overwrite_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

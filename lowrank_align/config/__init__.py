@@ -1,0 +1,38 @@
+"""Every knob, validated, documented under its field. No torch here: `--help` and bad settings answer at once.
+
+The command line's flags are made from these fields (`learning_rate` is `--learning-rate`), a YAML file has the same
+names, flags win, and the resolved settings are saved in the run as `config.yaml`.
+"""
+
+from lowrank_align.config.commands import GenerateSettings, LogpsSettings, RowsSettings, ScoreSettings, ShowSettings
+from lowrank_align.config.knobs import ModelSettings, Settings
+from lowrank_align.config.resolve import read_yaml, resolve, to_yaml
+from lowrank_align.config.training import (
+    ADAPTERS_OWN,
+    METHODS,
+    DPOSettings,
+    PPOSettings,
+    RewardSettings,
+    SFTSettings,
+    TrainSettings,
+)
+
+__all__ = [
+    "ADAPTERS_OWN",
+    "METHODS",
+    "DPOSettings",
+    "GenerateSettings",
+    "LogpsSettings",
+    "ModelSettings",
+    "PPOSettings",
+    "RewardSettings",
+    "RowsSettings",
+    "SFTSettings",
+    "ScoreSettings",
+    "Settings",
+    "ShowSettings",
+    "TrainSettings",
+    "read_yaml",
+    "resolve",
+    "to_yaml",
+]

@@ -1,0 +1,43 @@
+"""What every group of settings is made of: the types of the knobs, the model, and where its rows come from."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Coefficient = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch's generators take
+
+
+class Settings(BaseModel):
+    """A group of knobs. Unknown keys are errors that name the nearest known one."""
+
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), validate_default=True
+    )
+
+
+class ModelSettings(Settings):
+    """Which base, and how it lies in memory."""
+
+    model: str
+    """The base: a model folder, a hub id, or `tiny`."""
+    adapter: str | None = None
+    """The run (or PEFT adapter folder) to start from; without it, the bare base."""
+    quantize: Literal["nf4", "int8", "none"] = "nf4"
+    """How the frozen weights are kept: 4-bit NF4 with double quantisation, 8-bit, or as they are."""
+    device: str = "auto"
+    """auto (first GPU, else CPU), cpu, cuda, cuda:N, xpu or mps."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """What to compute in. auto: bf16 where the GPU has it, fp16 on older ones, fp32 on CPU."""
+    attention: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto"
+    """The attention implementation of transformers."""
+    chat_template: str | None = None
+    """A .jinja file, or the name of one of the tokenizer's templates, in place of the model's own."""
+    max_length: Positive = 1024
+    """Longest prompt + completion in tokens (at most the model's context); longer completions are cut."""
+    seed: Seed = 0
+    """Seeds the order of rows, new adapters, rollouts and samples."""
