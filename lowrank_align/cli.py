@@ -15,15 +15,8 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from lowrank_align import __version__
-from lowrank_align.config import (
-    METHODS,
-    GenerateSettings,
-    LogpsSettings,
-    ScoreSettings,
-    Settings,
-    ShowSettings,
-    resolve,
-)
+from lowrank_align.config import COMMANDS as OTHER_COMMANDS
+from lowrank_align.config import METHODS, Settings, resolve
 from lowrank_align.errors import (
     EXIT_DATA_OR_CONFIG,
     EXIT_DONE,
@@ -35,12 +28,8 @@ from lowrank_align.errors import (
 )
 
 SHORT_FLAGS = {"completions": "-n", "rows": "-n"}
-OTHER_COMMANDS: dict[str, type[Settings]] = {
-    "generate": GenerateSettings,
-    "score": ScoreSettings,
-    "logps": LogpsSettings,
-    "show": ShowSettings,
-}
+OTHER_NAMES = {"as_json": "json"}  # pydantic's models have a method of that name
+POSITIONAL = {"presets": "name"}
 COMMANDS = ("demo", *METHODS, *OTHER_COMMANDS, "runs")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # the words of torch on GPUs and on CPUs
 
@@ -150,7 +139,7 @@ def _run(command: str, arguments: dict[str, Any]) -> int:
     else:
         from lowrank_align import commands
 
-        getattr(commands, command)(settings)
+        return commands.run(command, settings)
     return EXIT_DONE
 
 
@@ -185,12 +174,18 @@ def _add_command(commands: Any, name: str, settings: type[Settings]) -> None:
     parser = commands.add_parser(name, help=text[0].lower() + text[1:].rstrip("."), description=text)
     parser.add_argument("--config", metavar="FILE", help="a YAML file with these settings; flags win")
     for field, info in settings.model_fields.items():
-        _add_flag(parser, field, info)
+        if POSITIONAL.get(name) == field:
+            parser.add_argument(field, nargs="?", help=info.description)
+        else:
+            _add_flag(parser, field, info)
 
 
 def _add_flag(parser: argparse.ArgumentParser, name: str, info: FieldInfo) -> None:
     """One flag a field. Values stay text: pydantic reads and checks them, for flags and YAML alike."""
-    flags = [f"--{name.replace('_', '-')}", *([SHORT_FLAGS[name]] if name in SHORT_FLAGS else [])]
+    flags = [
+        f"--{OTHER_NAMES.get(name, name).replace('_', '-')}",
+        *([SHORT_FLAGS[name]] if name in SHORT_FLAGS else []),
+    ]
     description = " ".join((info.description or "").split()).replace("%", "%%")
     options: dict[str, Any] = {"default": None, "dest": name, "help": description + _shown_default(info)}
     kinds = _kinds(info.annotation)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # its submodules. The package root stands outside: it is the façade, which all may ask for `__version__`.
 LAYERS: dict[str, list[str]] = {
     "errors": ["errors"],
-    "settings": ["config", "presets", "plan", "ratings", "store"],
+    "settings": ["config", "architecture", "presets", "plan", "ratings", "store"],
     "tensors": ["tensors", "trees", "objectives"],
     "a run": ["memory", "checkpoint", "provenance", "runs", "listing", "plots", "progress", "stopping"],
     "the base and its rows": ["data", "tiny", "loading", "adapters", "scoring", "roles", "probe", "base"],
@@ -37,6 +37,7 @@ MODELS = {"accelerate", "bitsandbytes", "datasets", "gradio", "peft", "transform
 NOT_KNOWN: dict[str, set[str]] = {
     "errors": {"torch", "numpy"} | MODELS,
     "config": {"torch", "numpy"} | MODELS,
+    "architecture": {"torch", "numpy"} | MODELS,
     "presets": {"torch"} | MODELS,
     "plan": {"torch"} | MODELS,
     "store": {"torch"} | MODELS,

@@ -111,7 +111,7 @@ def test_installed_wheel_trains(installed: Path, tmp_path: Path, trained: Path, 
         "import sys; from lowrank_align.cli import main; from lowrank_align.presets import read_preset;"
         f"shown = main(['show', '--model', {model!r}, '--data', {rows!r}, '-n', '1']);"
         f"done = main(['sft', '--model', {model!r}, '--data', {rows!r}, '--out', 'run', *{few!r}]);"
-        "print(shown, done, read_preset('tiny')['model'], sys.modules['lowrank_align'].__file__)"
+        "print(shown, done, read_preset('tiny').model, sys.modules['lowrank_align'].__file__)"
     )
     out = run_python("-c", code, cwd=tmp_path, PYTHONPATH=str(installed), LOWRANK_ALIGN_CACHE=str(cache))
     assert out.splitlines()[-1] == f"0 0 tiny {installed / 'lowrank_align' / '__init__.py'}"

@@ -84,7 +84,7 @@ def run_demo(out: str, model: str, score: str | None, quantize: Any, quick: bool
         share,
         prompts(PROMPTS // share, seed=seed),
         prompts(HELD_OUT // share, seed=seed + 1_000_003),
-        int(read_preset("tiny")["methods"]["ppo"]["max_new_tokens"]),
+        int(read_preset("tiny").methods["ppo"]["max_new_tokens"]),
     )
     _sft(demo)
     pairs = _label(demo)
@@ -174,7 +174,7 @@ def _train(demo: Demo, method: str, name: str, **knobs: str) -> None:
     demo.console.rule(
         {"ppo": "PPO with the learned reward", "ppo_exact": "PPO with the exact score"}.get(name, name.upper())
     )
-    preset = dict(read_preset("tiny")["methods"][method])
+    preset = dict(read_preset("tiny").methods[method])
     if "max_steps" in preset:
         preset["max_steps"] = max(2, preset["max_steps"] // demo.share)
     settings = resolve(

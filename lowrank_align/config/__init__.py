@@ -4,9 +4,23 @@ The command line's flags are made from these fields (`learning_rate` is `--learn
 names, flags win, and the resolved settings are saved in the run as `config.yaml`.
 """
 
-from lowrank_align.config.commands import GenerateSettings, LogpsSettings, RowsSettings, ScoreSettings, ShowSettings
+from lowrank_align.config.commands import (
+    COMMANDS,
+    AuditSettings,
+    ChatSettings,
+    DoctorSettings,
+    ExportSettings,
+    GenerateSettings,
+    LogpsSettings,
+    PlanSettings,
+    PresetsSettings,
+    ReadingSettings,
+    RowsSettings,
+    ScoreSettings,
+    ShowSettings,
+)
 from lowrank_align.config.knobs import ModelSettings, Settings
-from lowrank_align.config.resolve import read_yaml, resolve, to_yaml
+from lowrank_align.config.resolve import resolve, to_yaml
 from lowrank_align.config.training import (
     ADAPTERS_OWN,
     METHODS,
@@ -16,15 +30,24 @@ from lowrank_align.config.training import (
     SFTSettings,
     TrainSettings,
 )
+from lowrank_align.config.yaml_files import read_yaml
 
 __all__ = [
     "ADAPTERS_OWN",
-    "METHODS",
+    "AuditSettings",
+    "COMMANDS",
+    "ChatSettings",
     "DPOSettings",
+    "DoctorSettings",
+    "ExportSettings",
     "GenerateSettings",
     "LogpsSettings",
+    "METHODS",
     "ModelSettings",
     "PPOSettings",
+    "PlanSettings",
+    "PresetsSettings",
+    "ReadingSettings",
     "RewardSettings",
     "RowsSettings",
     "SFTSettings",

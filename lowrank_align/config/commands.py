@@ -58,18 +58,139 @@ class GenerateSettings(ModelSettings):
     """Completions at once."""
 
 
-class ShowSettings(Settings):
-    """Rows as a model will see them, the trained tokens marked."""
+class ReadingSettings(Settings):
+    """What is done with rows and a tokenizer alone."""
 
     model: str
-    """A model folder, a hub id, or `tiny`; only its tokenizer is loaded."""
+    """A model folder, a hub id, or `tiny`; only its tokenizer is loaded. A preset names one."""
+    preset: str | None = None
+    """Settings that are known to work for a model, by name or as a .yaml file (`lowrank-align presets` lists them)."""
     data: str
     """Rows: a .jsonl, .json, .parquet (or gzipped) file, a folder of them, or a hub data set id."""
-    rows: Positive = 3
-    """How many rows."""
     chat_template: str | None = None
     """A .jinja file, or the name of one of the tokenizer's templates, in place of the model's own."""
+    thinking: bool | None = None
+    """Let the model think before it answers, where its chat template has a switch; else as preset or template say."""
     train_on: Literal["all", "last"] = "all"
     """In conversations, train on every assistant turn or on the last one alone."""
     max_length: Positive = 1024
     """Longest prompt + completion in tokens (at most the model's context)."""
+
+
+class ShowSettings(ReadingSettings):
+    """Rows as a model will see them, the trained tokens marked."""
+
+    rows: Positive = 3
+    """How many rows."""
+
+
+class AuditSettings(ReadingSettings):
+    """Whether rows will train what they are meant to train: lengths, ends, templates, duplicates, leakage."""
+
+    eval_data: str | None = None
+    """Held-out rows; training rows among them are reported."""
+    as_json: bool = False
+    """Print the report as one JSON object."""
+
+
+class PresetsSettings(Settings):
+    """List the presets, or show one."""
+
+    name: str | None = None
+    """The one to show, by name or as a .yaml file."""
+    as_json: bool = False
+    """Print it as JSON."""
+
+
+class PlanSettings(Settings):
+    """Whether training or chatting fits into a GPU's memory, and which settings would."""
+
+    model: str
+    """A model folder, a hub id, or `tiny`; only its config.json is read. A preset needs no file at all."""
+    preset: str | None = None
+    """Settings that are known to work for a model, by name or as a .yaml file (`lowrank-align presets` lists them)."""
+    method: Literal["sft", "reward", "dpo", "ppo", "grpo", "chat"] = "sft"
+    """What is to be run."""
+    gpu: str | None = None
+    """The memory to fit into, as 12GiB; without it, what this machine's GPU has, or the table alone."""
+    quantize: Literal["nf4", "int8", "none"] = "nf4"
+    """How the frozen weights are kept."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """What is computed in."""
+    max_length: Positive | None = None
+    """Longest prompt + completion in tokens."""
+    micro_batch_size: Positive | None = None
+    """Rows that are in memory at once."""
+    max_new_tokens: Positive | None = None
+    """The longest rollout or answer in tokens."""
+    rollout_batch_size: Positive | None = None
+    """Rollouts that are drawn at once."""
+    completions: Positive | None = None
+    """Completions per prompt (grpo's group, a ranking's length)."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] | None = None
+    """8-bit states take a quarter of the memory."""
+    rank: Positive | None = None
+    """LoRA's rank."""
+    target_modules: list[str] | None = None
+    """The linear layers that get an adapter, by name; without it, all of the decoder's."""
+    as_json: bool = False
+    """Print the plan as one JSON object."""
+
+
+class ExportSettings(Settings):
+    """What was trained, for other programs, with a proof that it is the same: merged, adapter, Ollama, GGUF."""
+
+    adapter: str
+    """The run (or PEFT adapter folder) to export."""
+    model: str | None = None
+    """Its base: a model folder, a hub id, or `tiny`; without it, the one that the run names."""
+    preset: str | None = None
+    """The model's preset, whose template and end tokens are checked."""
+    to: Literal["merged", "adapter", "gguf", "ollama"] = "merged"
+    """A model folder, PEFT's layout with the tokenizer, llama.cpp's file, or a model folder with a Modelfile."""
+    out: str
+    """The folder to write. It must not exist, unless with --overwrite."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """The precision of the merged weights; auto: the base's own."""
+    as_trained: bool = False
+    """Merge into the dequantised 4-bit weights, those that the adapter was trained on, instead of the 16-bit ones."""
+    device: str = "auto"
+    """auto (first GPU, else CPU), cpu, cuda, cuda:N, xpu or mps."""
+    overwrite: bool = False
+    """Replace OUT, where it is an older export."""
+
+
+class ChatSettings(ModelSettings):
+    """Talk with a model and its adapters in the terminal."""
+
+    system: str | None = None
+    """The system prompt."""
+    temperature: Coefficient = 0.7
+    """0 takes the likeliest token each time."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Draw from the likeliest tokens that together have this probability."""
+    max_new_tokens: Positive = 512
+    """The longest answer in tokens."""
+
+
+class DoctorSettings(Settings):
+    """Whether this machine can do what the toolkit does, and what to do where it cannot."""
+
+    as_json: bool = False
+    """Print the findings as one JSON object."""
+
+
+COMMANDS: dict[str, type[Settings]] = {
+    "presets": PresetsSettings,
+    "plan": PlanSettings,
+    "audit": AuditSettings,
+    "show": ShowSettings,
+    "generate": GenerateSettings,
+    "chat": ChatSettings,
+    "score": ScoreSettings,
+    "logps": LogpsSettings,
+    "export": ExportSettings,
+    "doctor": DoctorSettings,
+}

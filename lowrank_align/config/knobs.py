@@ -24,7 +24,9 @@ class ModelSettings(Settings):
     """Which base, and how it lies in memory."""
 
     model: str
-    """The base: a model folder, a hub id, or `tiny`."""
+    """The base: a model folder, a hub id, or `tiny`. A preset names one."""
+    preset: str | None = None
+    """Settings that are known to work for a model, by name or as a .yaml file (`lowrank-align presets` lists them)."""
     adapter: str | None = None
     """The run (or PEFT adapter folder) to start from; without it, the bare base."""
     quantize: Literal["nf4", "int8", "none"] = "nf4"
@@ -37,6 +39,8 @@ class ModelSettings(Settings):
     """The attention implementation of transformers."""
     chat_template: str | None = None
     """A .jinja file, or the name of one of the tokenizer's templates, in place of the model's own."""
+    thinking: bool | None = None
+    """Let the model think before it answers, where its chat template has a switch; else as preset or template say."""
     max_length: Positive = 1024
     """Longest prompt + completion in tokens (at most the model's context); longer completions are cut."""
     seed: Seed = 0

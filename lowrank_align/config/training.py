@@ -84,6 +84,12 @@ class TrainSettings(ModelSettings):
     """Go on from the newest checkpoint that verifies; start where there is none."""
     overwrite: bool = False
     """Replace the run that is in OUT."""
+    gpu: str | None = None
+    """The memory to plan for, as 12GiB; without it, what the device has."""
+    auto: bool = False
+    """Where the run does not fit into memory, take the nearest settings that do."""
+    force: bool = False
+    """Start although the plan says that the run does not fit."""
 
     @property
     def rows(self) -> str:
@@ -96,6 +102,8 @@ class TrainSettings(ModelSettings):
             raise ValueError("resume and overwrite exclude each other")
         if self.eval_data and self.eval_rows:
             raise ValueError("eval_data and eval_rows exclude each other")
+        if self.auto and self.force:
+            raise ValueError("auto and force exclude each other")
         if self.early_stopping and not (self.eval_data or self.eval_rows):
             raise ValueError("early_stopping needs held-out rows (eval_data or eval_rows)")
         return self

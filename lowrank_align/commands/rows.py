@@ -1,4 +1,4 @@
-"""The commands that use a model without training it: generate, score, logps, show."""
+"""The commands that go through the rows of a file with a model: generate, score, logps, show."""
 
 import json
 import tempfile

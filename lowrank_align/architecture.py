@@ -1,0 +1,135 @@
+"""A model's figures, as its `config.json` has them: what a preset states and a plan counts with. No torch here."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lowrank_align.errors import UserError
+
+NEEDED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+FUSED = ("phi3",)  # query, key and value in one layer, gate and up in another
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+RECURRENT = ("linear_attention", "mamba", "mamba2", "conv", "recurrent")  # layer types with a state instead of a cache
+
+
+class Linear(NamedTuple):
+    """A linear layer of the decoder blocks, by its last name."""
+
+    name: str
+    inputs: int
+    outputs: int
+    layers: int  # how many of its size the model has
+
+    @property
+    def parameters(self) -> int:
+        return self.inputs * self.outputs * self.layers
+
+
+class Architecture(BaseModel):
+    """The figures of a causal decoder, under transformers' names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+    model_type: str
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    tie_word_embeddings: bool
+    max_position_embeddings: int = Field(gt=0)
+    sliding_window: int | None = None
+    """How far back the layers with a window see; their cache holds no more."""
+    sliding_layers: int = 0
+    """How many layers have that window."""
+    recurrent_layers: int = 0
+    """How many layers keep a state instead of a cache (gated delta nets, mamba, convolutions): these need flat rows."""
+    num_experts: int = 0
+    """Experts a layer, as 3-D tensors that quantisation leaves alone; 0 for a dense model."""
+    num_experts_per_tok: int = 0
+    """Experts that each token goes through."""
+    moe_intermediate_size: int = 0
+    """An expert's width."""
+    linears: tuple[Linear, ...] = ()
+    """The linear layers, where they are not those of a Llama (or, fused, of a Phi-3)."""
+    other_parameters: int | None = None
+    """Weights beside linear layers, embeddings and head (experts, convolutions), where not just Llama's norms."""
+    config: dict[str, Any] = {}
+    """What else transformers' config class needs to build the family."""
+
+    @property
+    def query_width(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_width(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+    def linear_layers(self) -> tuple[Linear, ...]:
+        """Every linear layer that quantisation packs and LoRA can adapt."""
+        if self.linears:
+            return self.linears
+        h, q, kv, count = self.hidden_size, self.query_width, self.key_value_width, self.num_hidden_layers
+        width = self.intermediate_size
+        if self.model_type in FUSED:
+            sizes = [("qkv_proj", h, q + 2 * kv), ("o_proj", q, h), ("gate_up_proj", h, 2 * width)]
+        else:
+            sizes = [("q_proj", h, q), ("k_proj", h, kv), ("v_proj", h, kv), ("o_proj", q, h)]
+            sizes += [("gate_proj", h, width), ("up_proj", h, width)] if not self.num_experts else []
+        sizes += [("down_proj", width, h)] if not self.num_experts else []
+        return tuple(Linear(*size, count) for size in sizes)
+
+    def kept_parameters(self) -> int:
+        """Weights beside linear layers, embeddings and head, which no quantisation touches."""
+        if self.other_parameters is not None:
+            return self.other_parameters
+        experts = 3 * self.num_experts * self.moe_intermediate_size * self.hidden_size
+        router = self.num_experts * self.hidden_size
+        return self.num_hidden_layers * (2 * self.hidden_size + experts + router) + self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """All weights; a head that is tied to the embeddings counts once."""
+        tables = 1 if self.tie_word_embeddings else 2
+        linear = sum(layer.parameters for layer in self.linear_layers())
+        return tables * self.vocab_size * self.hidden_size + linear + self.kept_parameters()
+
+    @property
+    def caching_layers(self) -> tuple[int, int]:
+        """Layers whose cache holds every token, and layers whose cache ends with the window."""
+        full = self.num_hidden_layers - self.recurrent_layers - self.sliding_layers
+        return full, self.sliding_layers
+
+
+def figures_of(config: Mapping[str, Any], name: str) -> Architecture:
+    """The figures in a `config.json`. UserError naming what it lacks, where a plan cannot do without."""
+    values = dict(config) | dict(config.get("text_config") or {})  # a model that also sees keeps them one level down
+    lacking = [key for key in NEEDED if not values.get(key)]
+    if lacking:
+        raise UserError(f"{name}: its config.json has no {', '.join(lacking)}; without it nothing can be planned")
+    heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    types = list(values.get("layer_types") or [])
+    window = values.get("sliding_window") if values.get("use_sliding_window", True) else None
+    windowed = types.count("sliding_attention") if types else (values["num_hidden_layers"] if window else 0)
+    experts = next((int(values[key]) for key in EXPERT_COUNTS if values.get(key)), 0)
+    return Architecture(
+        model_type=values["model_type"],
+        hidden_size=hidden,
+        intermediate_size=values["intermediate_size"],
+        num_hidden_layers=values["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=values.get("num_key_value_heads") or heads,
+        head_dim=values.get("head_dim") or hidden // heads,
+        vocab_size=values["vocab_size"],
+        tie_word_embeddings=bool(values.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
+        max_position_embeddings=values.get("max_position_embeddings") or 2**31,
+        sliding_window=window,
+        sliding_layers=windowed,
+        recurrent_layers=sum(types.count(kind) for kind in RECURRENT),
+        num_experts=experts,
+        num_experts_per_tok=values.get("num_experts_per_tok") or 0,
+        moe_intermediate_size=values.get("moe_intermediate_size") or (values["intermediate_size"] if experts else 0),
+    )

@@ -1,0 +1,30 @@
+"""What the commands do that neither train nor manage runs: one function a command, in a file a group.
+
+Each takes the command's resolved settings, prints what it found, and returns an exit code where it is not 0. Files are
+imported only when their command is called: most need torch, `plan` and `presets` do not.
+"""
+
+from importlib import import_module
+
+from lowrank_align.config import Settings
+from lowrank_align.errors import EXIT_DONE
+
+FILES = {
+    "generate": "rows",
+    "score": "rows",
+    "logps": "rows",
+    "show": "rows",
+    "presets": "presets",
+    "plan": "plan",
+    "audit": "audit",
+    "export": "export",
+    "chat": "chat",
+    "doctor": "doctor",
+}
+
+
+def run(command: str, settings: Settings) -> int:
+    """Run `command`; its exit code."""
+    module = import_module(f"lowrank_align.commands.{FILES[command]}")
+    code: int | None = getattr(module, command)(settings)
+    return EXIT_DONE if code is None else code

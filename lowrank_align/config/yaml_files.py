@@ -1,0 +1,48 @@
+"""YAML files that a user may have written: safe loading, with a cap on their size and one line for what is wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from lowrank_align.errors import UserError
+
+YAML_LIMIT_BYTES = 1_000_000
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A mapping of settings from a YAML file. UserError where it cannot be read or holds anything else."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"{path}: no such configuration file")
+    if file.stat().st_size > YAML_LIMIT_BYTES:
+        raise UserError(f"{path}: over {YAML_LIMIT_BYTES // 1_000_000} MB; a configuration is a few lines")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise UserError(f"{path}: nested too deep; needs lines of `setting: value`") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid YAML (not UTF-8)") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: the 99th of May, a number of 5000 digits
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML ({_reason(error)})") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"{path}: needs lines of `setting: value`")
+    return content
+
+
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """Where the first thing is that pydantic refuses (`methods.sft`), and what is wrong with it."""
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    place = ".".join(str(part) for part in first["loc"])
+    got = "" if first["type"] in ("missing", "value_error") or not place else f" (got {first['input']!r})"
+    return place, message[:1].lower() + message[1:] + got
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "problem", None) or " ".join(str(error).split())[:200]
