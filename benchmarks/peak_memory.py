@@ -60,6 +60,7 @@ def measure(method: str, folder: Path, quantize: str) -> dict[str, int]:
     knobs = {
         "sft": {"data": str(folder / "sft.jsonl")},
         "reward": {"data": str(folder / "pairs.jsonl")},
+        "dpo": {"data": str(folder / "pairs.jsonl")},
         "ppo": {
             "prompts": str(folder / "sft.jsonl"),
             "reward": str(folder / "reward"),

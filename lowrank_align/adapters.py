@@ -18,12 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from lowrank_align.checkpoint import write_atomic
 from lowrank_align.errors import NumericError, UserError, nearest
 from lowrank_align.provenance import check_same_base, folder_sha256
+from lowrank_align.skeleton import linear_layers
 
 Kind = Literal["policy", "reward"]
 WEIGHTS, CONFIG, REWARD = "adapter_model.safetensors", "adapter_config.json", "reward.json"
@@ -74,7 +73,7 @@ def check_before_load(start_from: str | Path, kind: Kind | None, base_name: str,
     lora = _peft_config(folder)
     needed = {
         f"{name}.{part}.weight"
-        for name in _linear_layers(config)
+        for name in linear_layers(config)
         for part in ("lora_A", "lora_B")
         if check_target_module_exists(lora, name)
     }
@@ -90,7 +89,7 @@ def check_before_load(start_from: str | Path, kind: Kind | None, base_name: str,
 
 def check_targets(targets: list[str], config: Any) -> None:
     """UserError for the first name that no linear layer of the base has: PEFT passes over it while others match."""
-    layers = _linear_layers(config)
+    layers = linear_layers(config)
     for target in targets:
         if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
             last_names = sorted({layer.rsplit(".", 1)[-1] for layer in layers})
@@ -101,6 +100,13 @@ def check_targets(targets: list[str], config: Any) -> None:
 def weights_sha256(start_from: str | Path) -> str:
     """The hash of an adapter's file, for `provenance.json`."""
     return folder_sha256([locate(start_from) / WEIGHTS])
+
+
+def size_of(start_from: str | Path) -> tuple[int, list[str] | None]:
+    """An adapter's rank, and the names of the layers that it sits on; None where its config has a pattern for them."""
+    lora = _peft_config(locate(start_from))
+    targets = lora.target_modules
+    return lora.r, sorted(targets) if isinstance(targets, set | list) else None
 
 
 def read(start_from: str | Path, base_name: str, base_hash: str) -> Saved:
@@ -154,16 +160,6 @@ def write(
     if again.keys() != tensors.keys() or any(not torch.equal(again[k], tensors[k]) for k in tensors):
         raise UserError(f"{folder / WEIGHTS}: reads back differently from what was written; check the disk")
     return hashlib.sha256(content).hexdigest()
-
-
-def _linear_layers(config: Any) -> list[str]:
-    """The names of the layers that can have an adapter, from the model built without weights."""
-    try:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise UserError(f"a {config.model_type} is no causal language model; give one as --model") from error
-    return [name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear | Conv1D)]
 
 
 def _incomplete(folder: str | Path, missing: list[str]) -> str:

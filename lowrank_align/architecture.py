@@ -9,6 +9,8 @@ from lowrank_align.errors import UserError
 
 NEEDED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 FUSED = ("phi3",)  # query, key and value in one layer, gate and up in another
+NORMALISE_QUERIES = ("qwen3", "qwen3_moe", "qwen3_5_text", "gemma3_text", "gemma4_text", "olmo2", "olmo3")
+FOUR_NORMS = ("gemma2", "gemma3_text", "gemma4_text")  # before and after each half of a layer; elsewhere two
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 RECURRENT = ("linear_attention", "mamba", "mamba2", "conv", "recurrent")  # layer types with a state instead of a cache
 
@@ -57,7 +59,7 @@ class Architecture(BaseModel):
     """The linear layers, where they are not those of a Llama (or, fused, of a Phi-3)."""
     other_parameters: int | None = None
     """Weights beside linear layers, embeddings and head (experts, convolutions), where not just Llama's norms."""
-    config: dict[str, Any] = {}
+    config: dict[str, bool | int | float | str | list[str] | None] = {}
     """What else transformers' config class needs to build the family."""
 
     @property
@@ -67,6 +69,15 @@ class Architecture(BaseModel):
     @property
     def key_value_width(self) -> int:
         return self.num_key_value_heads * self.head_dim
+
+    @property
+    def norms_per_layer(self) -> int:
+        return 4 if self.model_type in FOUR_NORMS else 2
+
+    @property
+    def normalises_queries(self) -> bool:
+        """Whether queries and keys go through norms of their own."""
+        return self.model_type in NORMALISE_QUERIES
 
     def linear_layers(self) -> tuple[Linear, ...]:
         """Every linear layer that quantisation packs and LoRA can adapt."""

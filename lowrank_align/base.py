@@ -350,9 +350,8 @@ class Base:
         return masks
 
     def _as_model_takes(self, mask: Tensor) -> Tensor:
-        if self.config._attn_implementation == "sdpa":
-            return mask
-        blocked = torch.finfo(self.compute_dtype).min  # eager attention adds the mask to the scores
+        """As what is added to attention's scores; made of a bool mask, SDPA would keep such a copy for every layer."""
+        blocked = torch.finfo(self.compute_dtype).min
         return torch.zeros(mask.shape, dtype=self.compute_dtype, device=mask.device).masked_fill(~mask, blocked)
 
     def _guard_output(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:

@@ -1,20 +1,28 @@
 """Bring one causal language model and its tokenizer into memory: quantised, frozen, dropout off, checked."""
 
 import logging
-import os
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 from transformers import logging as transformers_logging
 
+from lowrank_align import hub
 from lowrank_align.errors import EnvironmentProblem, UserError
+from lowrank_align.memory import steady_heap
+from lowrank_align.progress import Progress
 from lowrank_align.provenance import weights_hash
 
 log = logging.getLogger(__name__)
@@ -49,10 +57,14 @@ def load_frozen(
     compute = pick_dtype(dtype, where)
     path = model_folder(name)
     config, tokenizer = read_config(name), _read_tokenizer(path, name)
+    if where.type == "cpu":
+        steady_heap()
     try:
         model = _from_pretrained(path, name, config, quantize, where, compute, attention)
     except torch.OutOfMemoryError as error:
         raise EnvironmentProblem(f"{name}: does not fit on {where}; try --quantize nf4 or a smaller model") from error
+    if where.type == "cpu" and quantize != "none":
+        _leave_file(model)
     model.requires_grad_(False)
     _switch_dropout_off(model)
     _keep_4bit_layout(model)
@@ -60,12 +72,13 @@ def load_frozen(
     return Loaded(model, tokenizer, name, path, weights_hash(path), compute, quantize)
 
 
-def model_folder(name: str) -> Path:
-    """The local folder of a model: `tiny` is built when missing, a hub id comes from the hub's cache or is fetched."""
-    if name == "tiny":
-        from lowrank_align.tiny import tiny_path
+def model_folder(name: str, *, weights: bool = True) -> Path:
+    """The local folder of a model: `tiny` is built when missing, a hub id comes from the hub's cache or is fetched.
 
-        return tiny_path()
+    Without `weights`, those of a hub model are not fetched: config and tokenizer are there, that is all.
+    """
+    if name == "tiny":
+        return _tiny()
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -77,18 +90,18 @@ def model_folder(name: str) -> Path:
         raise UserError(f"{name}: is a file; --model takes a model folder, a hub id or tiny")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise UserError(f"{name}: no such model folder{_neighbour(path)}")
-    return _from_hub(name, path)
+    return hub.fetch(name, weights=weights, hint=_neighbour(path))
 
 
 def read_tokenizer(name: str) -> tuple[Any, int]:
     """A model's tokenizer and its context in tokens, without its weights, so that rows are checked before it loads."""
     config = read_config(name)
-    return _read_tokenizer(model_folder(name), name), context_tokens(config.get_text_config())
+    return _read_tokenizer(model_folder(name, weights=False), name), context_tokens(config.get_text_config())
 
 
 def read_config(name: str) -> Any:
     """A model's `config.json`, as transformers reads it."""
-    path = model_folder(name)
+    path = model_folder(name, weights=False)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # what a damaged file raises in the library is anything
@@ -162,6 +175,8 @@ def _from_pretrained(
 ) -> Any:
     options: dict[str, Any] = {"dtype": compute, "device_map": {"": device}, "use_safetensors": True}
     options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # what does not fit is told below
+    config, renamed = language_model(config)
+    options |= {"key_mapping": renamed} if renamed else {}
     if attention != "auto":
         options["attn_implementation"] = attention
     if quantize == "nf4":
@@ -201,6 +216,21 @@ def _from_pretrained(
     return model
 
 
+def language_model(config: Any) -> tuple[Any, dict[str, str]]:
+    """Of a model that also sees or hears, the part that reads and writes, and how its weights are called in the files.
+
+    Adapters on a vision tower would only take memory, and some of these models have no causal class as a whole.
+    """
+    text = config.get_text_config()
+    if text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return config, {}
+    text.tie_word_embeddings = config.tie_word_embeddings
+    return text, {
+        r"^(?:model\.)?language_model\.(?!lm_head)(?:model\.)?": "model.",
+        r"^language_model\.lm_head": "lm_head",
+    }
+
+
 def _read_tokenizer(path: Path, name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -220,6 +250,13 @@ def _switch_dropout_off(model: nn.Module) -> None:
                 setattr(module, attribute, 0.0)
 
 
+def _leave_file(model: nn.Module) -> None:
+    """What stays unquantised may still lie in the mapped weight file, all of which then stays in memory."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
+
+
 def _keep_4bit_layout(model: nn.Module) -> None:
     """On CPUs with AVX-512-BF16, bitsandbytes repacks 4-bit weights in a no-grad forward, and training then breaks."""
     for module in model.modules():
@@ -227,23 +264,24 @@ def _keep_4bit_layout(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-@cache  # asked for several times a run, each with a call to the hub
-def _from_hub(name: str, path: Path) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+def _tiny() -> Path:
+    """The embedded base; its first making is shown, as it takes a minute."""
+    from lowrank_align.tiny import tiny_path
 
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    progress, begun = Progress(Console(stderr=True, highlight=False)), False
+
+    def tell(step: int, steps: int, loss: float) -> None:
+        nonlocal begun
+        if not begun:
+            progress.note("tiny is not in the cache yet: pretraining it, once")
+            progress.start("pretraining tiny", steps, 0)
+            begun = True
+        progress.step(step, {"loss": loss})
+
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except GatedRepoError as error:
-        raise EnvironmentProblem(f"{name}: gated; accept its licence on its page, then run `hf auth login`") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"{name}: neither a folder here{_neighbour(path)} nor a model on the hub") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
-        raise UserError(
-            f"{name}: no such folder{_neighbour(path)}, and the hub cannot be reached for it{offline}"
-        ) from error
+        return tiny_path(progress=tell)
+    finally:
+        progress.close()
 
 
 def _neighbour(path: Path) -> str:

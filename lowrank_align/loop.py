@@ -26,7 +26,7 @@ from lowrank_align.progress import Progress
 from lowrank_align.rollout import generator_for, seed_of
 from lowrank_align.runs import METRICS, RunFolder, read_metrics
 from lowrank_align.stopping import StopSignals
-from lowrank_align.trees import TreeRow
+from lowrank_align.trees import TreeRow, longest_rows
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +99,7 @@ class Loop:
         if start == 0:
             self.method.check_start(self.rows)
         self.base.model.train()
+        self._preflight()
         self.progress.start(s.method, self.total_steps, start)
         if start == self.total_steps:  # killed between its last checkpoint and its end
             logged = read_metrics(self.run_folder.path / METRICS)
@@ -129,6 +130,20 @@ class Loop:
             figures["best_step"] = float(self.best[1])
             latest_evaluation = self.best_evaluation
         return figures | latest_evaluation
+
+    def _preflight(self) -> None:
+        """The longest rows first, through forward and backward: what does not fit is known now, not at step 700."""
+
+        def try_out(size: int) -> None:
+            self.optimizer.zero_grad()
+            with self._dropout_seed("preflight"):
+                self.method.preflight(longest_rows(self.rows, size))
+
+        try:
+            self.retry(try_out, "micro_batch_size")
+            self.method.preflight_rollouts(self.rows, self.retry)
+        finally:
+            self.optimizer.zero_grad()
 
     # ---- one step
 
@@ -224,7 +239,7 @@ class Loop:
         return max(1, round(self.settings.epochs * len(self.rows)))
 
     @contextmanager
-    def _dropout_seed(self, *parts: int) -> Iterator[None]:
+    def _dropout_seed(self, *parts: int | str) -> Iterator[None]:
         """LoRA dropout draws from torch's global generator: seed it by place, and give it back as it was."""
         if self.settings.lora_dropout == 0:
             yield

@@ -2,7 +2,8 @@
 
 A preset states where the model is, its figures (so that a plan needs neither network nor files), which tokens end a
 turn and pad, and the settings in which it differs from the defaults, for all methods or for one. What could not be
-checked when it was written is named under `unverified`, and compared with the model whenever that is loaded.
+checked when it was written is named under `unverified`; `preset_check` compares it with the model whenever that is
+loaded. No torch here.
 """
 
 import os
@@ -10,15 +11,28 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from lowrank_align.architecture import Architecture
+from lowrank_align.config.commands import COMMANDS
+from lowrank_align.config.knobs import Settings
+from lowrank_align.config.training import METHODS
 from lowrank_align.config.yaml_files import first_problem, read_yaml
 from lowrank_align.errors import UserError, nearest
 
 HERE = Path(__file__).parent
 OWN_FOLDER = "LOWRANK_ALIGN_PRESETS"
-CHECKABLE = ("licence", "gated", "architecture", "tokens", "template")
+LIMIT_BYTES = 100_000
+
+# What takes a preset, and what of its settings is never a preset's to say: it names no files of the user's, nor code
+# (a reward can be a Python function), and replaces no run.
+TAKING: dict[str, type[Settings]] = METHODS | {
+    name: settings for name, settings in COMMANDS.items() if "preset" in settings.model_fields
+}
+NOT_SETTINGS = {"data", "eval_data", "prompts", "reward", "adapter", "out", "overwrite", "resume", "force", "preset"}
+LINES_OF_THEIR_OWN = ("model", "thinking")
+
+Checkable = Literal["licence", "gated", "architecture", "tokens", "template"]
 
 
 class Tokens(BaseModel):
@@ -35,7 +49,7 @@ class Preset(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
 
-    model: str
+    model: str = Field(min_length=1)
     """The hub id (or a folder)."""
     licence: str | None = None
     """As its card states it."""
@@ -45,20 +59,32 @@ class Preset(BaseModel):
     layout: Literal["tree", "flat"] = "tree"
     """flat: layers with a recurrent state, found at load too."""
     tokens: Tokens = Tokens()
-    template_hash: str | None = None
+    template_hash: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """SHA-256 of the chat template's text that was checked."""
     thinking: bool | None = None
-    """What is passed to the template's thinking switch; None where it has none."""
+    """What the template's thinking switch is set to; None where it has none."""
     settings: dict[str, Any] = {}
     """Settings of every command that has them (max_length, target_modules, ...)."""
     methods: dict[str, dict[str, Any]] = {}
-    """Settings of one method, which win over the common ones."""
-    notes: tuple[str, ...] = ()
+    """Settings of one method or command, which win over the common ones."""
+    notes: list[str] = []
     """What to know before using it."""
-    unverified: tuple[Literal["licence", "gated", "architecture", "tokens", "template"], ...] = ()
+    unverified: list[Checkable] = []
     """What was not checked against the model's own files."""
-    name: str = Field(default="", exclude=True)
-    file: Path = Field(default=Path(), exclude=True)
+    _file: Path = PrivateAttr(default=Path())
+
+    @property
+    def name(self) -> str:
+        return self._file.stem
+
+    @property
+    def file(self) -> Path:
+        return self._file
+
+    @property
+    def own(self) -> bool:
+        """Whether it stands in the user's folder."""
+        return self._file.parent == own_folder()
 
     def knobs(self, command: str) -> dict[str, Any]:
         """The settings for one command, by the names of `config`."""
@@ -66,6 +92,21 @@ class Preset(BaseModel):
         if self.thinking is not None:
             found["thinking"] = self.thinking
         return found | self.settings | self.methods.get(command, {})
+
+    @model_validator(mode="after")
+    def _settings_exist(self) -> "Preset":
+        """Every setting is one of the commands', with a value that they take."""
+        known = {key for settings in TAKING.values() for key in settings.model_fields}
+        _refuse_unknown("settings", self.settings, known, "no command has this setting")
+        for command, values in self.methods.items():
+            if command not in TAKING:
+                raise ValueError(f"methods.{command}: no such method{nearest(command, TAKING)}")
+            _refuse_unknown(
+                f"methods.{command}", values, TAKING[command].model_fields, f"{command} has no such setting"
+            )
+        for command, settings in TAKING.items():
+            _try_out(command, settings, self.settings, self.methods.get(command, {}))
+        return self
 
 
 def presets_folder() -> Path:
@@ -88,27 +129,86 @@ def own_folder() -> Path:
 
 
 def preset_files() -> dict[str, Path]:
-    """Every preset by name."""
-    folders = [folder for folder in (presets_folder(), own_folder()) if folder.is_dir()]
-    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    """Every preset by name, in the order of the names; the user's own win."""
+    found = project_files()
+    if (own := own_folder()).is_dir():
+        found |= {file.stem: file for pattern in ("*.yml", "*.yaml") for file in own.glob(pattern)}
+    return dict(sorted(found.items()))
+
+
+def project_files() -> dict[str, Path]:
+    """The project's own presets by name."""
+    return {file.stem: file for file in sorted(presets_folder().glob("*.yaml"))}
 
 
 def read_preset(name: str) -> Preset:
     """The preset of that name, or in that .yaml file; UserError with the nearest name where there is none."""
     files = preset_files()
     if name in files:
-        file = files[name]
-    elif Path(name).suffix in (".yaml", ".yml"):
-        file = Path(name).expanduser()
-    else:
-        raise UserError(
-            f"preset {name}: there is none of that name{nearest(name, files)}; `lowrank-align presets` lists them"
-        )
+        return read_preset_file(files[name])
+    if Path(name).suffix in (".yaml", ".yml"):
+        return read_preset_file(Path(name).expanduser())
+    known = name.rsplit("/", 1)[-1].lower()  # a hub id is an honest mistake
+    close = nearest(known, files) if known not in files else f" (did you mean {known}?)"
+    raise UserError(f"preset {name}: there is none of that name{close}; `lowrank-align presets` lists them")
+
+
+def read_preset_file(file: Path) -> Preset:
+    """The preset in a file. UserError, naming file and key, where it is none."""
+    if file.is_file() and file.stat().st_size > LIMIT_BYTES:
+        raise UserError(f"{file}: over {LIMIT_BYTES // 1000} kB; a preset is a page")
     content = read_yaml(file)
+    if not content:
+        raise UserError(f"{file}: empty; a preset names at least a model")
     try:
-        return Preset(**content, name=file.stem, file=file)
+        preset = Preset.model_validate(content)
     except ValidationError as error:
-        place, problem = first_problem(error)
-        raise UserError(f"{file}: {place}: {problem}") from None
-    except TypeError as error:
-        raise UserError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {_problem(error)}") from None
+    preset._file = file
+    return preset
+
+
+def header(file: Path) -> list[str]:
+    """The comment that a preset begins with: what it is, and the commands that run it."""
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").removeprefix(" "))
+    return lines
+
+
+def _refuse_unknown(place: str, values: dict[str, Any], known: Any, problem: str) -> None:
+    for key in values:
+        if key in LINES_OF_THEIR_OWN:
+            raise ValueError(f"{place}.{key}: belongs on a line of its own, `{key}: ...`")
+        if key not in known:
+            raise ValueError(f"{place}.{key}: {problem}{nearest(key, known)}")
+        if key in NOT_SETTINGS:
+            raise ValueError(f"{place}.{key}: is said on the command line, not in a preset")
+
+
+def _try_out(command: str, settings: type[Settings], common: dict[str, Any], own: dict[str, Any]) -> None:
+    """The values as the command will get them, beside the required ones that a user gives (a file, a folder)."""
+    fields = settings.model_fields
+    values = {key: value for key, value in (common | own).items() if key in fields}
+    required = {key: "-" for key, info in fields.items() if info.is_required()}
+    try:
+        settings(**required | values)
+    except ValidationError as error:
+        key, problem = first_problem(error)
+        key = key.split(".")[0]
+        place = f"settings.{key}: for {command}" if key in common and key not in own else f"methods.{command}"
+        raise ValueError(f"{place}{f'.{key}' if key and key not in place else ''}: {problem}") from None
+
+
+def _problem(error: ValidationError) -> str:
+    """The first thing that is wrong, with its place; pydantic's words for an unknown key lack the nearest known one."""
+    first = error.errors()[0]
+    place, problem = first_problem(error)
+    if first["type"] == "extra_forbidden":
+        *above, key = (str(part) for part in first["loc"])
+        kinds: dict[str, type[BaseModel]] = {"": Preset, "architecture": Architecture, "tokens": Tokens}
+        kind = kinds.get(".".join(above))
+        problem = "no such key" + (nearest(key, kind.model_fields) if kind else "")
+    return f"{place}: {problem}" if place else problem

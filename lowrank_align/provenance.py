@@ -177,6 +177,11 @@ def model_card(provenance: Provenance | dict[str, Any], metrics: dict[str, float
     )
 
 
+def for_publishing(value: Any) -> Any:
+    """A value, as deep as it is nested, without this machine's folders and without access tokens."""
+    return _public(_without_secrets(value))
+
+
 def _loading_code(base: str, name: str, is_reward: bool) -> str:
     model_class = "AutoModelForSequenceClassification" if is_reward else "AutoModelForCausalLM"
     arguments = f'"{base}", num_labels=1' if is_reward else f'"{base}"'

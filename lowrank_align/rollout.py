@@ -1,8 +1,9 @@
 """Prompts -> sampled completions, with generators of our own so that a resumed run draws what it would have drawn."""
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -51,6 +52,48 @@ def sample(
     return [found[i] for i in range(len(prompts))]
 
 
+def stream(
+    base: Base,
+    prompt_ids: Sequence[int],
+    *,
+    end_ids: Sequence[int],
+    max_new_tokens: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> Iterator[int]:
+    """One completion of one prompt, token by token, the end token among them: what `sample` draws of that prompt alone.
+
+    It speaks under the role that is active when it is called, and enters it for each token anew: between two tokens,
+    and where the rest is not wanted, the base is as it was.
+    """
+    return _stream(
+        base,
+        base.active_role.name,
+        list(prompt_ids),
+        set(end_ids),
+        max_new_tokens,
+        _Sampler(temperature, top_p, generator),
+    )
+
+
+@torch.no_grad()
+def fill_cache(base: Base, prompts: Sequence[list[int]], new_tokens: int) -> None:
+    """Hold, for a moment, what sampling answers of `new_tokens` to these prompts together holds at its end.
+
+    What stands for the answers goes through in pieces no longer than the prompts, so that the cache alone grows.
+    """
+    width = max(map(len, prompts))
+    cache = None
+    with inference(base), base.autocast():
+        for start in range(0, width + new_tokens, width):
+            piece = torch.zeros(len(prompts), min(width, width + new_tokens - start), dtype=torch.long)
+            out = base.model(
+                input_ids=piece.to(base.device), past_key_values=cache, use_cache=True, **_last_logits(base)
+            )
+            cache = out.past_key_values
+
+
 @contextmanager
 def inference(base: Base) -> Iterator[None]:
     """Evaluation mode (a cache, no checkpointing, no dropout) without the model's own generation settings, and back.
@@ -95,6 +138,29 @@ class _Sampler(LogitsProcessor):
         if self.nucleus is not None:
             logits = self.nucleus(input_ids, logits)
         return logits - torch.empty_like(logits).exponential_(generator=self.generator).log()
+
+
+def _stream(
+    base: Base, role: str, ids: list[int], end_ids: set[int], max_new_tokens: int, sampler: _Sampler
+) -> Iterator[int]:
+    """`stream`'s generator: the prompt, then each new token alone, with a cache of the model's own kind."""
+    options = _last_logits(base)
+    cache = None
+    for _ in range(max_new_tokens):
+        mode = inference(base) if base.model.training else nullcontext()  # it visits every module: not for nothing
+        with base.role(role), mode, torch.no_grad(), base.autocast():
+            step = torch.tensor([ids], device=base.device)
+            out = base.model(input_ids=step, past_key_values=cache, use_cache=True, **options)
+            token, cache = int(sampler(step, out.logits[:, -1].float()).argmax(-1)), out.past_key_values
+        ids = [token]
+        yield token
+        if token in end_ids:
+            return
+
+
+def _last_logits(base: Base) -> dict[str, int]:
+    """The argument with which a model computes the logits of the last token alone, where it has one."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.model.forward).parameters else {}
 
 
 def _generate(

@@ -9,6 +9,7 @@ import logging
 import math
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,17 @@ from lowrank_align.checks import (
     finished_before,
 )
 from lowrank_align.config import ADAPTERS_OWN, METHODS, TrainSettings, resolve, to_yaml
-from lowrank_align.data.chat import Renderer
+from lowrank_align.data.chat import Rendered, Renderer
+from lowrank_align.data.formats import Row
 from lowrank_align.data.training import TrainingRows, training_rows
 from lowrank_align.errors import UserError, nearest
-from lowrank_align.loading import read_tokenizer
+from lowrank_align.loading import read_config, read_tokenizer
 from lowrank_align.loop import Loop
 from lowrank_align.methods import method_class
 from lowrank_align.methods.method import Method
 from lowrank_align.plots import plot_metrics
+from lowrank_align.preflight import as_the_run_began, fitted
+from lowrank_align.preset_check import from_preset, preset_lines
 from lowrank_align.progress import Progress
 from lowrank_align.provenance import folder_sha256, model_card, write_provenance
 from lowrank_align.rewards import is_function
@@ -67,6 +71,7 @@ def train(
     out = Path(settings.out).expanduser()
     refuse_running(out)
     check_output(out, resume=settings.resume, overwrite=settings.overwrite)
+    settings = as_the_run_began(settings, out)
     finished = finished_before(settings, out)
     if finished is not None:
         progress.note(
@@ -81,19 +86,16 @@ def train(
         if "max_length" in settings.model_fields_set:
             progress.note(f"max_length: {settings.max_length} is over the model's context; taken as {context}")
         settings = settings.model_copy(update={"max_length": context})
-    renderer = Renderer(
-        tokenizer,
-        chat_template=settings.chat_template,
-        train_on=settings.train_on,
-        max_length=settings.max_length,
-    )
     _tell_without_effect(settings, progress)
     kind = method_class(settings.method)
     with tempfile.TemporaryDirectory() as scratch:
-        bad_rows = Path(scratch) / "bad_rows.jsonl"
-        rows = training_rows(
-            settings, kind.shapes, lambda row: kind.render(row, renderer, settings), bad_rows, progress.note
-        )
+        renderer, rows = _rendered(settings, tokenizer, Path(scratch), progress.note)
+        for line in preset_lines(settings, renderer, base.config if base else read_config(settings.model)):
+            progress.note(line)
+        fits = fitted(settings, rows.rows, base, progress.note)
+        if fits.max_length < settings.max_length:
+            renderer, rows = _rendered(fits, tokenizer, Path(scratch), progress.note)
+        settings = fits
         check_resumable(settings, out, rows.sha256)
         base = base or Base.load(
             settings.model,
@@ -111,6 +113,25 @@ def train(
         ):
             _write_down(run, settings, rows.dropped, Path(scratch))
             return _run(trainer, rows, run, progress, stopping)
+
+
+def _rendered(
+    settings: TrainSettings, tokenizer: Any, scratch: Path, tell: Callable[[str], None]
+) -> tuple[Renderer, TrainingRows]:
+    renderer = Renderer(
+        tokenizer,
+        chat_template=settings.chat_template,
+        train_on=settings.train_on,
+        max_length=settings.max_length,
+        thinking=settings.thinking,
+        thinking_if_possible=from_preset(settings, "thinking"),
+    )
+    kind = method_class(settings.method)
+
+    def render(row: Row) -> Rendered:
+        return kind.render(row, renderer, settings)
+
+    return renderer, training_rows(settings, kind.shapes, renderer, render, scratch / "bad_rows.jsonl", tell)
 
 
 def _run(
@@ -148,6 +169,7 @@ def _settings(method: str, base: Base | None, knobs: dict[str, Any]) -> TrainSet
 def _tell_without_effect(settings: TrainSettings, progress: Progress) -> None:
     """Settings of a new adapter that were given although an older one is continued."""
     given = [name for name in ADAPTERS_OWN if getattr(settings, name) != type(settings).model_fields[name].default]
+    given = [name for name in given if not from_preset(settings, name)]
     if settings.adapter is not None and given:
         progress.note(f"{', '.join(given)}: without effect, the adapter that is continued keeps its own")
 

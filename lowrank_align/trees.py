@@ -47,6 +47,11 @@ class TreeRow:
     prompt_text: str = ""  # for reward functions and samples
 
 
+def longest_rows(rows: Sequence[TreeRow], count: int) -> list[TreeRow]:
+    """The rows with most tokens, the longest first."""
+    return sorted(rows, key=lambda row: -len(row.prompt_ids) - sum(len(c.ids) for c in row.completions))[:count]
+
+
 @dataclass(frozen=True)
 class TreeBatch:
     """R rows of T tokens holding N completions of at most C tokens, and where each completion's tokens stand.

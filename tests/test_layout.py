@@ -19,13 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # its submodules. The package root stands outside: it is the façade, which all may ask for `__version__`.
 LAYERS: dict[str, list[str]] = {
     "errors": ["errors"],
-    "settings": ["config", "architecture", "presets", "plan", "ratings", "store"],
+    "settings": ["config", "architecture", "hub", "presets", "plan", "ratings", "store"],
     "tensors": ["tensors", "trees", "objectives"],
-    "a run": ["memory", "checkpoint", "provenance", "runs", "listing", "plots", "progress", "stopping"],
-    "the base and its rows": ["data", "tiny", "loading", "adapters", "scoring", "roles", "probe", "base"],
-    "around the base": ["rollout", "rewards", "export"],
+    "a run": ["memory", "checkpoint", "doctor", "provenance", "runs", "listing", "plots", "progress", "stopping"],
+    "the base and its rows": ["data", "tiny", "loading", "skeleton", "adapters", "scoring", "roles", "probe", "base"],
+    "around the base": ["preset_check", "rollout", "rewards", "conversation", "export"],
     "methods": ["methods"],
-    "training": ["loop", "checks", "train"],
+    "training": ["preflight", "loop", "checks", "train"],
     "evaluation": ["evaluate"],
     "programs": ["commands", "cli", "apps", "__main__"],
 }

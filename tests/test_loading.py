@@ -255,6 +255,27 @@ def test_a_tokenizer_without_the_model(folder: Path) -> None:
     assert context_tokens == 256
 
 
+@pytest.mark.parametrize("steps", [0, 2])
+def test_the_first_making_of_tiny_is_shown(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On stderr, in lines where that is no terminal; nothing where it is in the cache already."""
+
+    def build(progress: Callable[[int, int, float], None]) -> Path:
+        for step in range(steps):
+            progress(step + 1, steps, 3.5 - step)
+        return tmp_path
+
+    monkeypatch.setattr("lowrank_align.tiny.tiny_path", build)
+    assert loading.model_folder("tiny") == tmp_path
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = ["tiny is not in the cache yet: pretraining it, once", "step 1/2  loss 3.5", "step 2/2  loss 2.5"]
+    assert [line.split("  ")[: 2 if "/" in line else 1] for line in err.splitlines()] == [
+        line.split("  ") for line in lines if steps
+    ]
+
+
 def test_a_model_that_does_not_speak(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "vit"}')
     line = refused(folder)

@@ -28,6 +28,7 @@ from lowrank_align.data.load import Loaded, load_rows
 from lowrank_align.data.show import print_rows
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.loading import check_device, model_folder, read_config, read_tokenizer
+from lowrank_align.preset_check import from_preset, preset_lines
 from lowrank_align.provenance import weights_hash
 from lowrank_align.roles import BARE
 from lowrank_align.rollout import generator_for, sample
@@ -133,12 +134,17 @@ def _check_before(settings: RowsSettings | GenerateSettings, kind: adapters.Kind
 
 def _renderer(settings: ModelSettings | ShowSettings) -> Renderer:
     tokenizer, context = read_tokenizer(settings.model)
-    return Renderer(
+    renderer = Renderer(
         tokenizer,
         chat_template=settings.chat_template,
         train_on=getattr(settings, "train_on", "all"),
         max_length=min(settings.max_length, context),
+        thinking=settings.thinking,
+        thinking_if_possible=from_preset(settings, "thinking"),
     )
+    for line in preset_lines(settings, renderer, read_config(settings.model)):
+        print(line)
+    return renderer
 
 
 def _rows(settings: RowsSettings) -> list[Line]:

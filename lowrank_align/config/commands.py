@@ -148,6 +148,10 @@ class ExportSettings(Settings):
     """Its base: a model folder, a hub id, or `tiny`; without it, the one that the run names."""
     preset: str | None = None
     """The model's preset, whose template and end tokens are checked."""
+    chat_template: str | None = None
+    """A .jinja file, or the name of one of the tokenizer's templates; without it, the one that the run trained with."""
+    thinking: bool | None = None
+    """Let the model think before it answers, where its chat template has a switch; else as the run was trained."""
     to: Literal["merged", "adapter", "gguf", "ollama"] = "merged"
     """A model folder, PEFT's layout with the tokenizer, llama.cpp's file, or a model folder with a Modelfile."""
     out: str
@@ -173,6 +177,8 @@ class ChatSettings(ModelSettings):
     """Draw from the likeliest tokens that together have this probability."""
     max_new_tokens: Positive = 512
     """The longest answer in tokens."""
+    max_length: Positive = 4096
+    """Conversation and answer together in tokens (at most the model's context); the oldest turns are left out first."""
 
 
 class DoctorSettings(Settings):

@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from lowrank_align.config.commands import COMMANDS
 from lowrank_align.config.knobs import Settings
 from lowrank_align.config.training import ADAPTERS_OWN, TrainSettings
 from lowrank_align.config.yaml_files import first_problem, read_yaml
 from lowrank_align.errors import UserError, nearest
-from lowrank_align.presets import read_preset
 
 OF_THE_MOMENT = {"resume", "overwrite", "gpu", "auto", "force"}  # about this start of the run, not about the run
 
@@ -33,14 +33,15 @@ def resolve(settings: type[S], flags: Mapping[str, Any], config_file: str | Path
     for key in given:
         if key not in known:
             raise UserError(f"{where[key]}{key}: unknown setting{nearest(str(key), known)}")
-        for text in given[key] if isinstance(given[key], list) else [given[key]]:
-            if isinstance(text, str) and (problem := _unusable(text)):
-                raise UserError(f"{where[key]}{key}: {problem}")
+    _refuse_unusable(given, where)
     if given.get("preset") is not None and "model" in known:
+        from lowrank_align.presets import read_preset  # its settings are checked against the commands'
+
         preset = read_preset(str(given["preset"]))
-        for key, value in preset.knobs(getattr(settings, "method", given.get("method", ""))).items():
+        for key, value in preset.knobs(_command(settings, given)).items():
             if key in known and key not in given:
                 given[key], where[key] = value, f"{preset.file}: "
+        _refuse_unusable(given, where)
     try:
         return settings(**given)
     except ValidationError as error:
@@ -54,6 +55,22 @@ def to_yaml(settings: TrainSettings) -> str:
     return f"# lowrank-align {settings.method} --config THIS_FILE\n" + yaml.safe_dump(
         {"method": settings.method, **values}, sort_keys=False, allow_unicode=True
     )
+
+
+def _command(settings: type[Settings], given: Mapping[str, Any]) -> str:
+    """What a preset files the settings under: a method's name (a plan's too), else the command's."""
+    if issubclass(settings, TrainSettings):
+        return settings.method
+    if "method" in settings.model_fields:
+        return str(given.get("method", settings.model_fields["method"].default))
+    return next((name for name, kind in COMMANDS.items() if kind is settings), "")
+
+
+def _refuse_unusable(given: Mapping[str, Any], where: Mapping[str, str]) -> None:
+    for key, value in given.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (problem := _unusable(text)):
+                raise UserError(f"{where[key]}{key}: {problem}")
 
 
 def _unusable(text: str) -> str | None:

@@ -1,6 +1,7 @@
 """YAML files that a user may have written: safe loading, with a cap on their size and one line for what is wrong."""
 
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 import yaml
@@ -9,6 +10,10 @@ from pydantic import ValidationError
 from lowrank_align.errors import UserError
 
 YAML_LIMIT_BYTES = 1_000_000
+
+_short = Repr()  # a few aliases in a file can stand for billions of items
+_short.maxlevel = _short.maxdict = _short.maxlist = 3
+_short.maxstring = _short.maxother = 80
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -19,7 +24,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if file.stat().st_size > YAML_LIMIT_BYTES:
         raise UserError(f"{path}: over {YAML_LIMIT_BYTES // 1_000_000} MB; a configuration is a few lines")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Plain)
     except RecursionError:
         raise UserError(f"{path}: nested too deep; needs lines of `setting: value`") from None
     except UnicodeDecodeError as error:
@@ -35,12 +40,22 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
+class _Plain(yaml.SafeLoader):
+    """Without aliases: no setting needs one, and a page of them can stand for more than the memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not taken", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+
 def first_problem(error: ValidationError) -> tuple[str, str]:
     """Where the first thing is that pydantic refuses (`methods.sft`), and what is wrong with it."""
     first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")
     place = ".".join(str(part) for part in first["loc"])
-    got = "" if first["type"] in ("missing", "value_error") or not place else f" (got {first['input']!r})"
+    got = "" if first["type"] in ("missing", "value_error") or not place else f" (got {_short.repr(first['input'])})"
     return place, message[:1].lower() + message[1:] + got
 
 

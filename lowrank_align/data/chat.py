@@ -99,16 +99,23 @@ class Renderer:
         chat_template: str | None = None,
         train_on: TrainOn = "all",
         max_length: int,
+        thinking: bool | None = None,
+        thinking_if_possible: bool = False,
     ) -> None:
         """`chat_template`: a .jinja file, one of the tokenizer's named templates, or `plain`; None is the model's own,
         or `PLAIN_TEMPLATE` where it has none. `train_on`: all assistant turns of a completion, or the last only.
-        `max_length`: tokens of the prompt and one completion. Raises `UserError`.
+        `max_length`: tokens of the prompt and one completion. `thinking` sets the template's switch; a template without
+        one is an error, unless with `thinking_if_possible` (a preset asked for it). Raises `UserError`.
         """
         if max_length < 2:
             raise UserError(f"max_length: {max_length}, must be at least 2 (one token of prompt, one of answer)")
         self.tokenizer, self.train_on, self.max_length = tokenizer, train_on, max_length
         self._encoder = Encoder(tokenizer)
-        self._template = ChatTemplate(tokenizer, chat_template, self._encoder.added)
+        self._template = ChatTemplate(tokenizer, chat_template, self._encoder.added, thinking)
+        self.thinking_switch = self._template.switch  # the variable's name, None where the template has none
+        if thinking is not None and self.thinking_switch is None and not thinking_if_possible:
+            flag, whose = "--thinking" if thinking else "--no-thinking", self._template.source
+            raise UserError(f"{flag}: the chat template ({whose}) has no switch for it; leave it out")
         ends = [self._template.turn_end_id, self._encoder.eos_id]
         self.end_ids: list[int] = list(dict.fromkeys(i for i in ends if i is not None))  # generation stops at these
         if not self.end_ids:
@@ -119,6 +126,7 @@ class Renderer:
         pads = [tokenizer.pad_token_id, tokenizer.unk_token_id, self._end_of_text]
         self.pad_id: int = next(i for i in pads if i is not None)  # masked wherever it stands
         self.template_source = self._template.source  # "the model's own", "named by the user" or "plain"
+        self.turn_end_id = self._template.turn_end_id  # the token that ends a turn, None where the template has none
 
     def tree_row(self, row: Row) -> Rendered:
         """The row's prompt, completions and comparisons, cut to `max_length`; its own errors name `row.where`."""
@@ -169,6 +177,11 @@ class Renderer:
     def template_hash(self) -> str:
         """SHA-256 of the template's text, for `provenance.json`."""
         return self._template.hash()
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The chat template, for what is exported with a model."""
+        return self._template
 
     def _without_end(self, completion: Completion) -> Completion:
         """Less the end tokens behind it: the text goes on, it was only cut."""

@@ -57,6 +57,7 @@ _FIXED_DATE = (
 )
 
 _ASKED, _ANSWERED, _ASKED_AGAIN = "Qzxa", "Qzxb", "Qzxc"  # contents that no template writes by itself
+_SWITCHES = ("enable_thinking", "thinking")  # what templates call the variable that lets the model think or not
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,23 @@ class Turns:
 
 
 class ChatTemplate:
-    """`text` is the template, `source` says whose it is: `the model's own`, `named by the user` or `plain`."""
+    """`text` is the template, `source` says whose it is: `the model's own`, `named by the user` or `plain`.
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", named: str | None, added: Mapping[str, int]) -> None:
+    `switch` is the template's variable for thinking, None where it has none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        named: str | None,
+        added: Mapping[str, int],
+        thinking: bool | None = None,
+    ) -> None:
         """`named` is a .jinja file, one of the tokenizer's named templates, or `plain`; `added` the added tokens.
 
-        Raises `UserError` for a file that is not there and for a template that does not work.
+        `thinking` is what the template's switch is set to where a row's own `chat_template_kwargs` say nothing; without
+        a switch it is without effect. Raises `UserError` for a file that is not there and for a template that does not
+        work.
         """
         self._tokenizer = tokenizer
         self.text, self.source = _choose(tokenizer, named)
@@ -85,7 +97,12 @@ class ChatTemplate:
         self._for_tools = own.get("tool_use") if isinstance(own, dict) and named is None else None
         self._has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", self.text) is not None
         self._as_parts = False
+        self._always: dict[str, Any] = {}
         self._try_out(added)
+        self.switch = next((name for name in _SWITCHES if self._is_switch(name)), None)
+        if thinking is not None and self.switch is not None:
+            self._always = {self.switch: thinking}
+            self._try_out(added)
 
     def hash(self) -> str:
         """SHA-256 of the template's text."""
@@ -130,6 +147,7 @@ class ChatTemplate:
         template = self._for_tools if self._for_tools and kwargs.get("tools") else self.text
         if "strftime_now" in template:
             template = _FIXED_DATE + template
+        kwargs = {**self._always, **kwargs}
         return self._tokenizer.apply_chat_template(contents, chat_template=template, **options, **kwargs)
 
     def _start(self, text: str, messages: Sequence[Message], kwargs: Mapping[str, Any], i: int) -> int | None:
@@ -212,6 +230,17 @@ class ChatTemplate:
             self.turn_end, self.turn_end_id = self._tail[: at + len(token)], added[token]
         else:
             self.turn_end = self._tail.rstrip()
+
+    def _is_switch(self, name: str) -> bool:
+        """Whether what the model gets to answer differs with the variable; that it is read somewhere does not do."""
+        if name not in self.text:
+            return False
+        asked = [Message(role="user", content=_ASKED)]
+        try:
+            on, off = (self.render(asked, {name: value}, open_turn=True) for value in (True, False))
+        except UserError:
+            return False
+        return on != off
 
     def _prints(self, asked: Sequence[Message]) -> bool:
         try:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowrank_align.config import TrainSettings
-from lowrank_align.data.chat import Rendered, RenderedRows, render_all
+from lowrank_align.data.audit import check_rows
+from lowrank_align.data.chat import Rendered, RenderedRows, Renderer, render_all
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.data.load import Loaded, load_rows, split_off
 from lowrank_align.trees import TreeRow
@@ -26,14 +27,15 @@ class TrainingRows:
 def training_rows(
     settings: TrainSettings,
     shapes: Collection[Shape],
+    renderer: Renderer,
     render: Callable[[Row], Rendered],
     bad_rows: Path,
     tell: Tell,
 ) -> TrainingRows:
-    """Load, check, split and tokenise the rows that `settings` names.
+    """Load, check, split and tokenise (with `render`, made of `renderer`) the rows that `settings` names.
 
     With `skip_bad`, bad rows go to `bad_rows` (held-out ones to the file beside it). Raises UserError for the first bad
-    row otherwise, and where no row remains.
+    row otherwise, where no row remains, and where the rows would not train the end of an answer.
     """
     held_out_bad = bad_rows.with_name(f"eval_{bad_rows.name}")
     loaded = load_rows(settings.rows, expect=shapes, skip_bad=bad_rows if settings.skip_bad else None)
@@ -53,6 +55,8 @@ def training_rows(
         _tell_rendered(
             rendered_out, len(held_out), settings.eval_data or "held-out rows", settings.max_length, held_out_bad, tell
         )
+    for line in check_rows(settings, renderer, train, rendered.tree_rows, held_out):
+        tell(line)
     kept = f"training on {len(rendered.tree_rows)} rows"
     tell(f"{kept}, {len(rendered_out.tree_rows)} held out" if held_out else kept)
     dropped = rendered.dropped + rendered_out.dropped

@@ -165,6 +165,14 @@ class Method(ABC, Generic[SettingsT, Item]):
     def check_start(self, rows: Sequence[TreeRow]) -> None:
         """What must hold before the first step; NumericError or UserError where it does not."""
 
+    def preflight(self, rows: Sequence[TreeRow]) -> None:
+        """Forward and backward of these rows, for the memory that they take; gradients are thrown away."""
+        items: Any = rows
+        self.step(items, self.weight(items), Metrics())
+
+    def preflight_rollouts(self, rows: Sequence[TreeRow], retry: Retry) -> None:
+        """The same for the answers that the method samples; it samples none."""
+
     def finish(self, rows: Sequence[TreeRow], retry: Retry) -> dict[str, float]:
         """What is left to measure on the training rows when the last step is done."""
         return {}

@@ -26,10 +26,10 @@ from lowrank_align.objectives.rollout import (
     ppo_value_loss,
 )
 from lowrank_align.rewards import is_function, load_function
-from lowrank_align.rollout import Rollout, generator_for, sample
+from lowrank_align.rollout import Rollout, fill_cache, generator_for, sample
 from lowrank_align.runs import RunFolder
 from lowrank_align.tensors import gae, reduce, whiten
-from lowrank_align.trees import Completion, TreeRow
+from lowrank_align.trees import Completion, TreeRow, longest_rows
 
 
 @dataclass(frozen=True)
@@ -231,6 +231,23 @@ class PPO(Method[PPOSettings, Episode]):
     def check_start(self, rows: Sequence[TreeRow]) -> None:
         end = self.renderer.end_ids[:1]
         assert_policy_is_reference(self.base, [TreeRow(row.prompt_ids, [Completion(end, [True])]) for row in rows[:2]])
+
+    def preflight(self, rows: Sequence[TreeRow]) -> None:
+        """As if each of these prompts had got the longest answer."""
+        answer = Completion(
+            self.renderer.end_ids[:1] * self.settings.max_new_tokens, [True] * self.settings.max_new_tokens
+        )
+        zeros = torch.zeros(self.settings.max_new_tokens, device=self.base.device)
+        trees = [TreeRow(row.prompt_ids, [answer]) for row in rows]
+        episodes = [Episode(tree, zeros, zeros, zeros, zeros) for tree in trees]
+        self.step(episodes, self.weight(episodes), Metrics())
+
+    def preflight_rollouts(self, rows: Sequence[TreeRow], retry: Retry) -> None:
+        prompts = [row.prompt_ids for row in longest_rows(rows, self.settings.batch_size)]
+        with self.base.role("policy"):
+            retry(
+                lambda size: fill_cache(self.base, prompts[:size], self.settings.max_new_tokens), "rollout_batch_size"
+            )
 
     def save(self, run: RunFolder) -> str:
         """`adapter/` is the policy, `value/` the critic with its head."""

@@ -1,0 +1,215 @@
+"""`plan`: what a run would need, part by part, whether it fits into a card, and which settings would."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lowrank_align.architecture import Architecture
+from lowrank_align.config import METHODS, PlanSettings
+from lowrank_align.errors import EXIT_DONE, EXIT_ENVIRONMENT
+from lowrank_align.plan import (
+    GIB,
+    Plan,
+    Prediction,
+    Workload,
+    as_flags,
+    cards,
+    fit,
+    gib,
+    parameters_in_words,
+    size_bytes,
+)
+from lowrank_align.presets import Preset, read_preset
+
+ADAPTERS = {"sft": (1, 1), "reward": (1, 1), "dpo": (2, 1), "ppo": (4, 2), "grpo": (3, 1), "chat": (1, 0)}
+WHAT_THEY_ARE = {
+    "dpo": "policy and its reference",
+    "ppo": "policy, value, reference and reward model",
+    "grpo": "policy, reference and reward model",
+}
+GROUP = 8  # grpo's completions of a prompt
+PAIR = 2
+
+
+def plan(settings: PlanSettings) -> int:
+    """Print the plan; 0 where it fits as asked or no card is known, else 3."""
+    preset = read_preset(settings.preset) if settings.preset else None
+    architecture = _architecture(settings, preset)
+    work = workload_of(settings, preset, architecture)
+    budget = size_bytes(settings.gpu) if settings.gpu else _this_gpu()
+    found = fit(architecture, work, budget) if budget else None
+    if settings.as_json:
+        print(json.dumps(_as_json(settings, architecture, work, found), indent=2))
+    else:
+        _print(settings, architecture, work, found, Console(highlight=False))
+    return EXIT_DONE if found is None or found.fits else EXIT_ENVIRONMENT
+
+
+def workload_of(settings: PlanSettings, preset: Preset | None, architecture: Architecture) -> Workload:
+    """The workload that is asked about: what is not given is the preset's, or the method's default.
+
+    Without data nobody knows the rows: half of a training row is taken to be the prompt. Adapters are counted as in the
+    second round: every method goes on from an adapter, whose frozen copy is the reference, and the reward is a run.
+    """
+    method = settings.method
+    defaults = METHODS.get(method) or METHODS["ppo"] if method != "chat" else None
+    knobs = {name: info.default for name, info in defaults.model_fields.items()} if defaults else {}
+    knobs |= {"completions": {"grpo": GROUP}.get(method, 1)}
+    knobs |= {"max_new_tokens": 512, "rollout_batch_size": 1} if method == "chat" else {}
+    knobs |= preset.knobs(method) if preset else {}
+    knobs |= {name: value for name, value in settings.model_dump().items() if value is not None}
+    length = min(knobs.get("max_length") or 1024, architecture.max_position_embeddings)
+    new_tokens = min(knobs.get("max_new_tokens") or 0, length - 1) if method in ("ppo", "grpo", "chat") else 0
+    completion = new_tokens or length // 2
+    adapters, trained = ADAPTERS[method]
+    rows = knobs.get("micro_batch_size") or 1
+    return Workload(
+        method=method,
+        quantize=settings.quantize,
+        dtype=settings.dtype,
+        rank=knobs.get("rank") or 16,
+        target_modules=tuple(knobs.get("target_modules") or ()),
+        micro_batch_size=rows,
+        prompt_tokens=length - completion,
+        completion_tokens=completion,
+        completions=settings.completions or (PAIR if method in ("reward", "dpo") else knobs["completions"]),
+        max_new_tokens=new_tokens,
+        rollout_batch_size=knobs.get("rollout_batch_size") or 1,
+        gradient_checkpointing=bool(knobs.get("gradient_checkpointing")),
+        optimizer=knobs.get("optimizer") or "adamw",
+        adapters=adapters,
+        trained_adapters=trained,
+        layout=preset.layout if preset else ("flat" if architecture.recurrent_layers else "tree"),
+    )
+
+
+def _architecture(settings: PlanSettings, preset: Preset | None) -> Architecture:
+    """The preset's figures, offline; those of the model's own config where there is none or another model is named."""
+    if preset is not None and preset.architecture is not None and settings.model == preset.model:
+        return preset.architecture
+    from lowrank_align.loading import read_config
+    from lowrank_align.skeleton import measure
+
+    return measure(read_config(settings.model), settings.model)
+
+
+def _this_gpu() -> int | None:
+    """The memory of this machine's GPU; None where torch finds none."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+# ---- what is printed
+
+
+def _print(
+    settings: PlanSettings, architecture: Architecture, work: Workload, found: Plan | None, console: Console
+) -> None:
+    plan_of = found or fit(architecture, work, 0)
+    name = settings.preset or settings.model
+    console.print(f"{name}, {parameters_in_words(architecture.parameters)} parameters: {work.method}", markup=False)
+    console.print(_in_words(work), markup=False)
+    console.print()
+    console.print(_parts_table(plan_of.prediction))
+    console.print()
+    if found is not None:
+        console.print(_verdict(found), markup=False)
+        console.print()
+    console.print(_cards_table(architecture, work))
+    if architecture.num_experts or architecture.recurrent_layers:
+        console.print("rough: experts and recurrent layers keep more of a pass than is counted here", markup=False)
+
+
+def _in_words(work: Workload) -> str:
+    base = {"nf4": "NF4", "int8": "int8", "none": work.dtype}[work.quantize]
+    if work.method == "chat":
+        return f"{base} base, one adapter of rank {work.rank}; answers of {work.max_new_tokens} tokens"
+    answers = f"{work.completions} x " if work.completions > 1 else ""
+    rows = f"prompt {work.prompt_tokens} + {answers}{work.completion_tokens} tokens"
+    roles = f" ({WHAT_THEY_ARE[work.method]})" if work.method in WHAT_THEY_ARE else ""
+    adapters = f"{work.adapters} adapters{roles}" if work.adapters > 1 else "1 adapter"
+    checkpointing = "checkpointed" if work.gradient_checkpointing else "not checkpointed"
+    lines = [
+        f"{base} base, computed in {work.dtype}; {adapters} of rank {work.rank}, {work.optimizer}",
+        f"rows: {rows}; micro-batch {work.micro_batch_size}, {checkpointing}",
+    ]
+    if work.max_new_tokens:
+        lines[-1] += f"; {work.rollout_batch_size} rollouts at once"
+    return "\n".join(lines)
+
+
+def _parts_table(prediction: Prediction) -> Table:
+    unit, size = ("GiB", GIB) if prediction.total_bytes >= GIB else ("MiB", 2**20)
+    table = Table(box=None, pad_edge=False)
+    table.add_column(f"{unit} at the peak of")
+    for phase in prediction.phases:
+        table.add_column(phase, justify="right")
+    columns = [asdict(parts) for parts in prediction.phases.values()]
+    for part in columns[0]:
+        if any(column[part] for column in columns):
+            table.add_row(part.replace("_", " "), *(f"{column[part] / size:.2f}" for column in columns))
+    table.add_row("total", *(f"{parts.total / size:.2f}" for parts in prediction.phases.values()))
+    return table
+
+
+def _verdict(found: Plan) -> str:
+    budget, needed = gib(found.budget_bytes), gib(found.prediction.total_bytes)
+    if found.fits:
+        return f"Fits into {budget}: {needed}, {gib(found.budget_bytes - found.prediction.total_bytes)} to spare."
+    if found.chosen_prediction is None:
+        least = gib(found.least_bytes)
+        return f"Does not fit into {budget} ({needed}), nor with any settings ({least} at least): take a smaller model."
+    fits = gib(found.chosen_prediction.total_bytes)
+    return f"Does not fit into {budget} as asked ({needed}). This does ({fits}):\n  {as_flags(found.changes)}"
+
+
+def _cards_table(architecture: Architecture, work: Workload) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("card", no_wrap=True)
+    table.add_column("fits", no_wrap=True)
+    table.add_column("needs", justify="right", no_wrap=True)
+    table.add_column("with")
+    for size, found in cards(architecture, work).items():
+        if found.chosen_prediction is None:
+            table.add_row(f"{size} GiB", "no", gib(found.least_bytes), "the smallest settings: take a smaller model")
+        else:
+            fits = gib(found.chosen_prediction.total_bytes)
+            table.add_row(f"{size} GiB", "yes", fits, as_flags(found.changes) or "the settings above")
+    return table
+
+
+def _as_json(settings: PlanSettings, architecture: Architecture, work: Workload, found: Plan | None) -> dict[str, Any]:
+    shown: dict[str, Any] = {
+        "model": settings.model,
+        "preset": settings.preset,
+        "parameters": architecture.parameters,
+        "workload": asdict(work),
+        "prediction": _prediction_json((found or fit(architecture, work, 0)).prediction),
+    }
+    if found is not None:
+        shown |= _plan_json(found)
+    shown["cards"] = {f"{size}GiB": _plan_json(of_card) for size, of_card in cards(architecture, work).items()}
+    return shown
+
+
+def _prediction_json(prediction: Prediction) -> dict[str, Any]:
+    return {
+        "total_bytes": prediction.total_bytes,
+        "allocated_bytes": prediction.allocated_bytes,
+        "peak": prediction.peak,
+        "phases": {name: asdict(parts) for name, parts in prediction.phases.items()},
+    }
+
+
+def _plan_json(found: Plan) -> dict[str, Any]:
+    chosen = found.chosen_prediction
+    return {
+        "budget_bytes": found.budget_bytes,
+        "fits": found.fits,
+        "fits_with": None if chosen is None else found.changes,
+        "fits_with_bytes": None if chosen is None else chosen.total_bytes,
+    }

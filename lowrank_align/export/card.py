@@ -1,0 +1,84 @@
+"""The export's README: what it is, how to load it, how it was made, and how near it is to what was trained."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from lowrank_align.adapters import WEIGHTS
+from lowrank_align.export.source import NAMES, Source
+from lowrank_align.provenance import file_sha256, for_publishing
+
+GGUF = "model.gguf"
+_SHIFT = "Scores are raw: subtract `shift` in `reward.json` where their zero matters. A head of a classifier has no bias.\n"
+
+
+def card(
+    source: Source, name: str, to: str, dtype: Any, report: Mapping[str, Any], notes: list[str], licence: str | None
+) -> str:
+    """The model card. `report` is `parity.json`, `notes` what a user should know, a sentence each."""
+    base, method = source.public_name, source.record.get("method")
+    reward = source.kind == "reward"
+    front: dict[str, Any] = {
+        **({"license": licence} if licence else {}),
+        "base_model": base,
+        "library_name": "peft" if to == "adapter" else "gguf" if to == "gguf" else "transformers",
+        "pipeline_tag": "text-classification" if reward else "text-generation",
+        "tags": [f"base_model:{'adapter' if to == 'adapter' else 'finetune'}:{base}", "lowrank_align"],
+    }
+    front["tags"] += [method] if method else []
+    what = "LoRA adapter for" if to == "adapter" else "LoRA adapter merged into"
+    trained = f", trained with lowrank_align by `{method}`" if method else ""
+    weights = f" Weights in {NAMES[dtype]}." if to != "adapter" else ""
+    adapter = source.adapter / WEIGHTS
+    made = {
+        "base": base,
+        "base's weight files (SHA-256)": source.base_hash,
+        "adapter (SHA-256)": file_sha256(adapter),
+        "trained on": source.trained_with,
+        "chat template (SHA-256)": source.renderer.template_hash(),
+    }
+    return "\n".join(
+        [
+            f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
+            f"# {name}\n",
+            f"{what} `{base}`{trained}.{weights}\n",
+            f"## Use\n\n{_use(name, to, base, reward)}\n",
+            *([_SHIFT] if reward else []),
+            *([*(f"- {note}" for note in notes), ""] if notes else []),
+            "## How near it is to what was trained\n",
+            *(f"- {line}" for line in report.get("summary", [])),
+            "",
+            *_table("How it was made", {key: f"`{value}`" for key, value in made.items() if value}),
+            *_table("Training", _knobs(source)),
+        ]
+    )
+
+
+def _use(name: str, to: str, base: str, reward: bool) -> str:
+    kind = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
+    imports = f"from transformers import AutoTokenizer, {kind}\n"
+    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+    if to == "ollama":
+        return f"```\nollama create {name.lower()} -f Modelfile\nollama run {name.lower()}\n```"
+    if to == "gguf":
+        return f"```\nllama-cli -m {GGUF} -cnv\nollama create {name.lower()} -f Modelfile\n```"
+    if to == "adapter":
+        classes = ", num_labels=1" if reward else ""
+        load = (
+            f'model = {kind}.from_pretrained("{base}"{classes})\nmodel = PeftModel.from_pretrained(model, "{name}")\n'
+        )
+        return f"```python\nfrom peft import PeftModel\n{imports}\n{tokenizer}{load}```\n"
+    return f'```python\n{imports}\n{tokenizer}model = {kind}.from_pretrained("{name}")\n```\n'
+
+
+def _knobs(source: Source) -> dict[str, Any]:
+    knobs = for_publishing(source.record.get("config") or {})
+    return {key: value for key, value in knobs.items() if value is not None}
+
+
+def _table(title: str, rows: Mapping[str, Any]) -> list[str]:
+    if not rows:
+        return []
+    lines = [f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items()]
+    return [f"## {title}\n", "| | |\n| --- | --- |", *lines, ""]
