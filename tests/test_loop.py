@@ -217,8 +217,8 @@ WORDINGS = [
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, error: BaseException, *calls: int) -> None:
-    """SFT's `step` does its work and then raises, in the calls of these numbers (from 1)."""
-    before, count = SFT.step, iter(range(1, 1000))
+    """SFT's `step` does its work and then raises, in the calls of these numbers (the preflight's is call 0)."""
+    before, count = SFT.step, iter(range(1000))
 
     def step(self: SFT, *arguments: Any) -> Any:
         loss = before(self, *arguments)
@@ -271,7 +271,7 @@ def test_other_errors_are_no_lack_of_memory(run: Run, monkeypatch: pytest.Monkey
 
 
 def test_the_smaller_micro_batch_outlives_a_resume(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Halved at step 1, stopped at step 2: the resumed run does not go back to micro-batches of 4."""
+    """Halved in the preflight, stopped at step 2: the resumed run, its preflight too, does not go back to 4."""
     sizes: list[int] = []
     before = SFT.step
 
@@ -286,7 +286,7 @@ def test_the_smaller_micro_batch_outlives_a_resume(run: Run, monkeypatch: pytest
     with pytest.raises(Stopped):
         run("sft", ROWS, "run", stop=stop, progress=Notes(stop, at=2), **knobs)
     run("sft", ROWS, "run", resume=True, **knobs)
-    assert sizes == [4, 2, 2, 2, 2, 2, 2]
+    assert sizes == [4, 2, *[2] * 4, 2, *[2] * 2]
 
 
 def test_out_of_memory_while_sampling(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +318,7 @@ def test_out_of_memory_while_sampling(run: Run, monkeypatch: pytest.MonkeyPatch)
 def poison(monkeypatch: pytest.MonkeyPatch, factor: float, *calls: int) -> None:
     """The loss, and with it every gradient, is multiplied by NaN or infinity in these calls of SFT's `step`."""
     module = sys.modules["lowrank_align.methods.sft"]
-    nll, count = module.nll, iter(range(1, 1000))
+    nll, count = module.nll, iter(range(1000))  # call 0 is the preflight's
 
     def poisoned(*arguments: Any) -> Any:
         found = nll(*arguments)
@@ -550,6 +550,7 @@ def test_a_runs_folder(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         "README.md",
     }
     knobs = read_yaml(folder / "config.yaml")
+    assert knobs.pop("method") == "sft"
     again = run("sft", ROWS, "again", **{**knobs, "out": "replaced by the fixture"})
     assert adapter_bytes(again) == adapter_bytes(folder)
     assert metrics_of(again) == metrics_of(folder)

@@ -50,6 +50,7 @@ NF4_GIB = {
 }
 RECURRENT = {"qwen3.5-0.8b", "qwen3.5-2b", "qwen3.5-4b", "qwen3.5-9b"}
 ALL = {*NF4_GIB, *RECURRENT, "gemma-4-e2b", "gemma-4-e4b", "gpt-oss-20b", "qwen3-30b-a3b", "tiny"}
+ALL |= {"r1-distill-qwen-1.5b", "r1-distill-qwen-7b"}
 # The template of that very model, of which TRL carries a copy (it compares them with the hub's every week).
 TRL_TEMPLATES = {
     "qwen3-4b-instruct-2507": "qwen3_instruct_2507",
@@ -57,6 +58,8 @@ TRL_TEMPLATES = {
     "llama-3.2-1b": "llama3_2",
     "llama-3.1-8b": "llama3_1",
     "r1-distill-llama-8b": "deepseek_r1_distill",
+    "r1-distill-qwen-1.5b": "deepseek_r1_distill",
+    "r1-distill-qwen-7b": "deepseek_r1_distill",
     "gemma-3-1b": "gemma3",
     "gemma-3-4b": "gemma3",
     "gemma-3-12b": "gemma3",

@@ -49,8 +49,10 @@ def test_greedy_is_transformers_own(load_base: LoadBase, prompt: list[int], fami
     assert streamed(base, prompt, temperature=0.0) == expected[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.8}])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama", {}), ("falcon_h1", {}), *((family, {"temperature": 0.7, "top_p": 0.8}) for family in FAMILIES)],
+)
 def test_draws_what_sample_draws(
     load_base: LoadBase, prompt: list[int], family: str, options: dict[str, float]
 ) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from lowrank_align.doctor.finding import Finding, import_error
+from lowrank_align.doctor.finding import Finding, import_error, imports
 
 PROJECT = "lowrank-align"
 HERE = Path(__file__).resolve().parents[2]
@@ -54,7 +54,7 @@ def packages() -> list[Finding]:
             found.append(Finding(name, "problem", f"{version}, needed: {requirement.specifier}", advice))
         elif name in tested and Version(version).release[:2] != Version(tested[name]).release[:2]:
             differing.append(f"{name} {version} (tested: {tested[name]})")
-        if name in IMPORTED and (reason := import_error(name)):
+        if name in IMPORTED and (name == "torch" or imports("torch")) and (reason := import_error(name)):
             found.append(Finding(name, "problem", f"{version} cannot be imported: {reason}", f"reinstall {name}"))
     if differing:
         advice = "should work; if something does not: pip install -c constraints.txt ."

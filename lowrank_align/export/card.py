@@ -10,7 +10,9 @@ from lowrank_align.export.source import NAMES, Source
 from lowrank_align.provenance import file_sha256, for_publishing
 
 GGUF = "model.gguf"
-_SHIFT = "Scores are raw: subtract `shift` in `reward.json` where their zero matters. A head of a classifier has no bias.\n"
+_SHIFT = (
+    "Scores are raw: subtract `shift` in `reward.json` where their zero matters. A head of a classifier has no bias.\n"
+)
 
 
 def card(

@@ -61,8 +61,9 @@ def render(between: Mapping[tuple[str, str], str], messages: Sequence[Message]) 
     """What the Go template writes for a conversation that ends with a question."""
     text, last = "", BEGIN
     for message in messages:
-        text += _before(between, last, message["role"]) + message["content"]
-        last = message["role"]
+        if any(after == message["role"] for _, after in between):
+            text += _before(between, last, message["role"]) + message["content"]
+            last = message["role"]
     return text + between.get((last, END), "")
 
 
@@ -113,10 +114,10 @@ def _emit(between: Mapping[tuple[str, str], str]) -> str:
     for number, role in enumerate(role for role in (S, U, A) if any(after == role for _, after in between)):
         choices = {before: piece for (before, after), piece in between.items() if after == role}
         word = "if" if number == 0 else "else if"
-        blocks.append(f'{{{{ {word} eq .Role "{role}" }}}}{_choice(choices)}{{{{ .Content }}}}')
+        blocks.append(f'{{{{ {word} eq .Role "{role}" }}}}{_choice(choices)}{{{{ .Content }}}}{{{{ $last = .Role }}}}')
     opening = _choice({before: piece for (before, after), piece in between.items() if after == END and before != A})
     return (
-        '{{ $last := "" }}{{ range .Messages }}' + "".join(blocks) + "{{ end }}{{ $last = .Role }}{{ end }}"
+        '{{ $last := "" }}{{ range .Messages }}' + "".join(blocks) + "{{ end }}{{ end }}"
         f'{{{{ if ne $last "assistant" }}}}{opening}{{{{ end }}}}'
     )
 

@@ -4,6 +4,7 @@ Peak memory is the model in its own precision and one layer in fp32.
 """
 
 import shutil
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,9 @@ def merge(
     """
     _refuse_tied_head(model, saved)
     own = model.dtype
-    tuner = LoraModel(model, {ADAPTER: saved.config}, ADAPTER)  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's talk of a GPT-2 layer's other orientation
+        tuner = LoraModel(model, {ADAPTER: saved.config}, ADAPTER)  # type: ignore[no-untyped-call]
     parameters = {HEAD: nn.Parameter(torch.empty_like(saved.tensors[HEAD]))} if HEAD in saved.tensors else {}
     marker = f".{ADAPTER}.weight"
     for key, parameter in model.named_parameters():
@@ -75,8 +78,8 @@ def merge(
             parameter.data = parameter.data.float()
             parameters[key.removesuffix(marker) + ".weight"] = parameter
     copy_into(saved, parameters)
-    layers = {name: m for name, m in model.named_modules() if _has_weight(m) and not _is_inside(name)}
-    transposed = frozenset(name for name, m in layers.items() if isinstance(_plain(m), Conv1D))
+    layers = {name: m for name, m in model.named_modules() if _to_settle(name, m, nf4)}
+    transposed = frozenset(name for name, m in model.named_modules() if isinstance(_plain(m), Conv1D))
     for done, (name, module) in enumerate(layers.items()):
         _settle(module, name, dtype, own, name in nf4)
         if tick is not None:
@@ -131,17 +134,15 @@ def save(model: Any, folder: Path, max_shard_size: str = SHARD_SIZE) -> None:
 
 def _settle(module: nn.Module, name: str, dtype: torch.dtype, own: torch.dtype, nf4: bool) -> None:
     """One layer: its weight in fp32 (as NF4 has it, if so), the adapter added, rounded once."""
-    layer: Any = _plain(module)
-    if not nf4 and not isinstance(module, LoraLayer):
-        return
-    weight = layer.weight.data
-    layer.weight.data = through_nf4(weight, isinstance(layer, Conv1D)) if nf4 else weight.float()
+    weight = _weight(module)
+    before = weight.data
+    weight.data = through_nf4(before, isinstance(_plain(module), Conv1D)) if nf4 else before.float()
     if isinstance(module, LoraLayer):
         try:
             module.merge(safe_merge=True, adapter_names=[ADAPTER])  # type: ignore[operator]
         except ValueError as error:
             raise NumericError(f"{name}: not finite after merging; the adapter is damaged") from error
-    layer.weight.data = _rounded(layer.weight.data, dtype if weight.dtype == own else weight.dtype, name)
+    weight.data = _rounded(weight.data, dtype if before.dtype == own else before.dtype, name)
 
 
 def _rounded(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -164,13 +165,15 @@ def _refuse_tied_head(model: Any, saved: Saved) -> None:
         )
 
 
-def _has_weight(module: nn.Module) -> bool:
-    return isinstance(_plain(module), nn.Linear | Conv1D)
+def _to_settle(name: str, module: nn.Module, nf4: Collection[str]) -> bool:
+    """Whether a module is adapted, or a plain layer that NF4 packs; not a part of an adapted one."""
+    return isinstance(module, LoraLayer) or (name in nf4 and isinstance(module, nn.Linear | Conv1D))
 
 
-def _is_inside(name: str) -> bool:
-    """Whether a module is a part of an adapted layer, not the layer itself."""
-    return ".lora_" in name or name.endswith(".base_layer")
+def _weight(module: Any) -> nn.Parameter:
+    """What an adapted layer's difference is added to: mostly a layer's weight, of experts one of their parameters."""
+    found: nn.Parameter = getattr(_plain(module), getattr(module, "parameter_name", "weight"))
+    return found
 
 
 def _plain(module: nn.Module) -> nn.Module:

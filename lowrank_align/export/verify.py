@@ -78,11 +78,13 @@ def verify_weights(
     """
     exported, original = TensorFiles(folder), TensorFiles(base)
     called = {_renamed(name, renamed or {}): name for name in original.names()}
-    adapted = {key.removesuffix(".lora_A.weight") for key in saved.tensors if key.endswith(".lora_A.weight")}
+    marks = (key.removesuffix(".lora_A.weight") for key in saved.tensors if key.endswith(".lora_A.weight"))
+    adapted = {name.removesuffix(".base_layer") for name in marks}
     names = exported.names()
-    if saved.config.alpha_pattern or saved.config.use_dora or saved.config.lora_bias:
+    if saved.config.use_dora or saved.config.lora_bias:
         return WeightCheck(0, len(names), 0.0, (), "the adapter's form is one that only PEFT merges")
-    if any(f"{name}.weight" not in exported for name in adapted):
+    elsewhere = tuple(f"{name}." for name in adapted if f"{name}.weight" not in exported)  # an expert's, for one
+    if len(elsewhere) == len(adapted):
         return WeightCheck(0, len(names), 0.0, (), "this family's files name the adapted layers otherwise")
     compared, largest, wrong = 0, 0.0, []
     for key in names:
@@ -90,7 +92,7 @@ def verify_weights(
         source = called.get(key) or called.get(key.partition(".")[2])  # GPT-2's files leave the first part out
         if key == HEAD and HEAD in saved.tensors:
             error, allowed = _differs(found, saved.tensors[HEAD]), 0.0
-        elif source is None:
+        elif source is None or key.startswith(elsewhere):
             continue
         else:
             weight = original[source]
@@ -102,7 +104,7 @@ def verify_weights(
         compared, largest = compared + 1, max(largest, error)
         if not error <= allowed:
             wrong.append(key)
-    note = "" if compared == len(names) else "the others have other names in the base's files"
+    note = "" if compared == len(names) else "the others have no one tensor of the base to compare with"
     return WeightCheck(compared, len(names), largest, tuple(wrong), note)
 
 
@@ -116,7 +118,10 @@ def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
 def scaling_of(saved: Saved, name: str) -> float:
     """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA (arXiv 2312.03732); r is the tensors' own."""
     rank = saved.tensors[f"{name}.lora_A.weight"].shape[0]
-    return float(saved.config.lora_alpha / (math.sqrt(rank) if saved.config.use_rslora else rank))
+    patterns = saved.config.alpha_pattern or {}
+    own = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
+    alpha = next(own, saved.config.lora_alpha)
+    return float(alpha / (math.sqrt(rank) if saved.config.use_rslora else rank))
 
 
 def _renamed(name: str, patterns: Mapping[str, str]) -> str:

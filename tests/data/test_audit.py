@@ -112,6 +112,9 @@ def test_what_is_cut_and_dropped(audit: Run) -> None:
     assert [figures[name] for name in ("rows_trained", "rows_cut", "tokens_cut", "rows_dropped")] == [2, 1, 2, 1]
     assert figures["rows_with_trained_end"] == 1  # the cut one has lost it
     assert found.lengths["trained"].total == 3 + 4  # what training sees
+    by_its_end = audit(rows[1:2], max_length=9)
+    assert of_code(by_its_end, "rows-cut").what == "the only row cut at max_length 9, by 1 token"
+    assert "end-of-turn-missing" in codes(by_its_end)
     small = audit(rows, max_length=8, context=10)
     assert of_code(small, "rows-cut").advice.startswith("1 row longer than the model's context of 10 tokens")
 

@@ -72,6 +72,7 @@ def test_broken_encoding_and_empty_answers(audit: Run) -> None:
         say("a", "\frac"),
         say("a", "..."),
         say("\u00e9t\u00e9, S\u00c3O", "\u4e2d\u6587\u3002 5\u2009%\n\tok"),  # all of it fine
+        say("?", "Yes."),
     ]
     found = audit(rows)
     for line, code in enumerate(["replacement-characters", "mojibake", "control-characters", "empty-answers"], start=1):

@@ -11,16 +11,17 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lowrank_align import adapters
 from lowrank_align.errors import NumericError, UserError
-from lowrank_align.export.merge import as_classifier, merge, quantised_layers, save, through_nf4
+from lowrank_align.export.merge import as_classifier, empty_classifier, merge, quantised_layers, save, through_nf4
 from lowrank_align.export.verify import verify_weights
 from lowrank_align.loading import load_frozen
+from lowrank_align.trees import Completion, TreeRow
 
-FAMILIES = ("gpt2", "gemma3_text", "qwen3_moe", "falcon_h1", "qwen3_next")
-FEW = {"target_modules": ["q_proj", "v_proj"]}  # PEFT refuses some of a mamba layer's
+FAMILIES = ("gpt2", "gemma3_text", "qwen3_next")
+SPLIT = {"qwen3_next": 4 * 4 * 3}  # PEFT adapts the stacked experts; in the files, three matrices an expert and layer
 
 
 def merged(base: Any, adapter: Path, dtype: torch.dtype = torch.float32, own: str = "fp32", **options: Any) -> Any:
@@ -31,8 +32,8 @@ def merged(base: Any, adapter: Path, dtype: torch.dtype = torch.float32, own: st
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_says_what_base_and_adapter_say(family: str, adapter_on: Callable[..., Any], tmp_path: Path) -> None:
-    """In plain transformers, after a round through the files; and every tensor is compared, whatever it is called."""
-    base, adapter = adapter_on(family, role=FEW if family == "falcon_h1" else None)
+    """In plain transformers, after a round through the files; and every tensor is compared that has one counterpart."""
+    base, adapter = adapter_on(family)
     ids = torch.randint(4, 99, (2, 12))
     with base.role("policy"), torch.no_grad():
         wanted = base.model(input_ids=ids).logits
@@ -42,10 +43,10 @@ def test_merged_says_what_base_and_adapter_say(family: str, adapter_on: Callable
     with torch.no_grad():
         assert (found(input_ids=ids).logits - wanted).abs().max() < 2e-4
     check = verify_weights(tmp_path / "merged", base.path, saved, transposed=made.transposed)
-    assert check.passed and check.compared == check.tensors, check
+    assert check.passed and check.compared == check.tensors - SPLIT.get(family, 0), check
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"lora_alpha": 3, "rank_pattern": {"layers.1": 4}}])
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"lora_alpha": 3, "alpha_pattern": {"q_proj": 16}}])
 def test_the_weights_are_those_of_peft(changes: dict[str, Any], adapter_on: Callable[..., Any]) -> None:
     """PEFT's own `merge_and_unload` of a model in fp32, whatever the scaling."""
     base, adapter = adapter_on("llama")
@@ -59,9 +60,9 @@ def test_the_weights_are_those_of_peft(changes: dict[str, Any], adapter_on: Call
 
 
 def test_every_weight_is_rounded_once() -> None:
-    """By hand. bf16 goes in steps of 2^-7 above 1, of 2^-8 below. 1 + (2^-8 + 2^-20) lies just over the middle of a step
-    and becomes 1 + 2^-7. Were the difference rounded first it would be 2^-8, and 1 + 2^-8, halfway, the even 1: that is
-    what adding in bf16 gives. 1 - 2^-8 needs no rounding, and the second row is left as it is.
+    """By hand. bf16 goes in steps of 2^-7 above 1, of 2^-8 below. 1 + (2^-8 + 2^-20) lies just over the middle of a
+    step and becomes 1 + 2^-7. Were the difference rounded first it would be 2^-8, and 1 + 2^-8, halfway, the even 1:
+    that is what adding in bf16 gives. 1 - 2^-8 needs no rounding, and the second row is left as it is.
     """
     difference = torch.tensor([[2.0**-8 + 2.0**-20, -(2.0**-8)]])
     config = LoraConfig(r=1, lora_alpha=1, target_modules=["layer"])
@@ -100,7 +101,7 @@ def test_tied_embeddings_stay_tied(adapter_on: Callable[..., Any], tmp_path: Pat
 def test_an_adapter_on_a_tied_head_is_refused(adapter_on: Callable[..., Any]) -> None:
     base, adapter = adapter_on("llama", tie_word_embeddings=True)
     tensors = load_file(adapter / adapters.WEIGHTS)
-    tensors |= {f"base_model.model.lm_head.lora_{part}.weight": torch.ones(4, 64).T for part in "AB"}
+    tensors |= {f"base_model.model.lm_head.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
     save_file(tensors, adapter / adapters.WEIGHTS)
     with pytest.raises(UserError, match="adapts lm_head, whose weights are the embeddings too"):
         merged(base, adapter)
@@ -112,9 +113,7 @@ def test_what_does_not_fit_into_fp16_is_told(adapter_on: Callable[..., Any]) -> 
     loaded = load_frozen(base.name, quantize="none", device="cpu", dtype="fp32")
     loaded.model.model.layers[1].mlp.up_proj.weight.data[3, 4] = 1e5
     saved = adapters.read(adapter, loaded.name, loaded.weights_hash)
-    with pytest.raises(
-        NumericError, match=r"layers\.1\.mlp\.up_proj: 1e\+05 does not fit into fp16; take --dtype bf16"
-    ):
+    with pytest.raises(NumericError, match=r"layers\.1\.mlp\.up_proj: 1e\+05 does not fit into fp16; take"):
         merge(loaded.model, saved, torch.float16)
 
 
@@ -134,12 +133,9 @@ def test_weights_as_trained_are_those_of_the_nf4_model(adapter_on: Callable[...,
     assert (found - (packed + 2.0 * b @ a)).abs().max() < 1e-6  # alpha 8, rank 4
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
-def test_a_reward_model_becomes_a_classifier(family: str, adapter_on: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_reward_model_becomes_a_classifier(adapter_on: Callable[..., Any], tmp_path: Path) -> None:
     """The scores that the base with its role gives to the same tokens."""
-    from lowrank_align.trees import Completion, TreeRow
-
-    base, adapter = adapter_on(family, head=True)
+    base, adapter = adapter_on("llama", head=True)
     rows = [TreeRow([5, 6, 7], [Completion([8, 9, 10 + i], [True] * 3)]) for i in range(3)]
     with base.role("policy"), torch.no_grad():
         wanted = base.scores(base.collate(rows))
@@ -152,11 +148,9 @@ def test_a_reward_model_becomes_a_classifier(family: str, adapter_on: Callable[.
     assert found.config.num_labels == 1 and (scores - wanted).abs().max() < 1e-5
 
 
-def test_a_family_without_a_classifier_is_refused(adapter_on: Callable[..., Any]) -> None:
-    base, adapter = adapter_on("granite", head=True)
-    made, saved = merged(base, adapter)
+def test_a_family_without_a_classifier_is_refused() -> None:
     with pytest.raises(UserError, match="a granite has no sequence-classification class"):
-        as_classifier(made, saved, torch.float32, 0)
+        empty_classifier(AutoConfig.for_model("granite"))
 
 
 class Tiny(nn.Module):

@@ -97,14 +97,16 @@ def length_findings(measured: Sequence[Measured], max_length: int, context: int)
         told = [m.refused for m in refused[:SHOWN]]
         found.append(_of(refused).finding("error", "template-refuses", what, advice, details=told, stops=True))
     room = f"--max-length {needed} takes every row whole" if needed <= context else _too_long(measured, context)
+    cut_equal = [m for m in measured if m.dropped == BECAME_EQUAL and m.longest > max_length]
     equal = [m for m in measured if m.dropped == BECAME_EQUAL and m.longest <= max_length]
-    no_room = [m for m in measured if m.dropped in (NO_ROOM, BECAME_EQUAL) and m not in equal]
+    no_room = [m for m in measured if m.dropped == NO_ROOM] + cut_equal
     if no_room:
         reasons = " or ".join(sorted({m.dropped for m in no_room}, reverse=True))
         what = f"{part(len(no_room), of)} dropped at max_length {max_length}: {reasons}"
         found.append(_notable(no_room, measured, "rows-dropped", what, room))
     if cut := [m for m in kept if m.cut_tokens]:
-        what = f"{part(len(cut), of)} cut at max_length {max_length}, by {sum(m.cut_tokens for m in cut):,} tokens"
+        tokens = counted(sum(m.cut_tokens for m in cut), "token")
+        what = f"{part(len(cut), of)} cut at max_length {max_length}, by {tokens}"
         found.append(_notable(cut, measured, "rows-cut", what, room))
     if equal:
         what = f"{part(len(equal), of)} dropped: their answers are the same once the template has written them"
@@ -130,7 +132,11 @@ def end_findings(measured: Sequence[Measured], end_tokens: str) -> list[Finding]
     elif kept and not any(m.trains_end for m in kept):
         declared = all(not m.finished for m in kept)
         what = f"no row trains an end token ({end_tokens}): " + (
-            "all say that their text goes on (finished: false)" if declared else "every answer is cut"
+            "all say that their text goes on (finished: false)"
+            if declared
+            else "every answer is cut, or goes on by its own words"
+            if any(not m.finished for m in kept)
+            else "every answer is cut"
         )
         advice = "the model will not learn from these rows to stop"
         if not declared:
