@@ -15,6 +15,10 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 RECURRENT = ("linear_attention", "mamba", "mamba2", "conv", "recurrent")  # layer types with a state instead of a cache
 
 
+class UnknownFigures(UserError):
+    """A model's config lacks figures without which its memory cannot be planned."""
+
+
 class Linear(NamedTuple):
     """A linear layer of the decoder blocks, by its last name."""
 
@@ -116,11 +120,12 @@ class Architecture(BaseModel):
 
 
 def figures_of(config: Mapping[str, Any], name: str) -> Architecture:
-    """The figures in a `config.json`. UserError naming what it lacks, where a plan cannot do without."""
+    """The figures in a `config.json`. UnknownFigures naming what it lacks, where a plan cannot do without."""
     values = dict(config) | dict(config.get("text_config") or {})  # a model that also sees keeps them one level down
-    lacking = [key for key in NEEDED if not values.get(key)]
-    if lacking:
-        raise UserError(f"{name}: its config.json has no {', '.join(lacking)}; without it nothing can be planned")
+    lacking = [key for key in NEEDED if not values.get(key) or not isinstance(values[key], int | str)]
+    if lacking:  # a figure a layer is none, either
+        what = f"its config.json gives no figure for {', '.join(lacking)}"
+        raise UnknownFigures(f"{name}: {what}, so its memory cannot be planned")
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
     types = list(values.get("layer_types") or [])
     window = values.get("sliding_window") if values.get("use_sliding_window", True) else None

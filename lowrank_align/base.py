@@ -35,6 +35,8 @@ from lowrank_align.trees import Layout, TreeBatch, TreeRow, attention_mask, coll
 
 log = logging.getLogger(__name__)
 
+MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # PEFT refuses some of their layers
+
 
 class Base:
     """A frozen causal language model and the roles on it."""
@@ -361,10 +363,12 @@ class Base:
         return output
 
 
-def _linear_names(backbone: nn.Module) -> list[str]:
-    """What LoRA adapts by default: the decoder's linear layers by name, without the routers of expert models."""
+def _linear_names(backbone: Any) -> list[str]:
+    """What LoRA adapts by default: the decoder's linear layers by name, without the routers of expert models, and
+    without what a mamba's kernels read past any adapter."""
     names = {name.rsplit(".", 1)[-1] for name, m in backbone.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    return sorted(names - {"gate", "router", "shared_expert_gate"})
+    names -= {"gate", "router", "shared_expert_gate"}
+    return sorted(names - ({"out_proj", "conv1d"} if backbone.config.model_type in MAMBAS else set()))
 
 
 def _is_untouched(role: Role) -> bool:

@@ -15,6 +15,7 @@ from lowrank_align import adapters
 from lowrank_align.config import TrainSettings, read_yaml
 from lowrank_align.errors import EnvironmentProblem, UserError, nearest
 from lowrank_align.loading import check_device, model_folder, read_config
+from lowrank_align.plan import size_bytes
 from lowrank_align.provenance import read_provenance, weights_hash
 from lowrank_align.rewards import is_function, load_function
 from lowrank_align.runs import check_place, read_state
@@ -33,7 +34,9 @@ RESUMABLE_CHANGES = {
 
 
 def check_machine(settings: TrainSettings, out: Path) -> None:
-    """The device that was asked for, the packages, and room on the disk."""
+    """The device that was asked for, its memory where that is given, the packages, and room on the disk."""
+    if settings.gpu is not None:
+        size_bytes(settings.gpu)
     device = check_device(settings.device, settings.quantize, settings.attention)
     if settings.optimizer != "adamw" and device.type != "cuda":
         raise EnvironmentProblem(f"--optimizer {settings.optimizer} needs a CUDA GPU; use adamw")

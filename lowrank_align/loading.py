@@ -21,7 +21,6 @@ from transformers import logging as transformers_logging
 
 from lowrank_align import hub
 from lowrank_align.errors import EnvironmentProblem, UserError
-from lowrank_align.memory import steady_heap
 from lowrank_align.progress import Progress
 from lowrank_align.provenance import weights_hash
 
@@ -57,8 +56,6 @@ def load_frozen(
     compute = pick_dtype(dtype, where)
     path = model_folder(name)
     config, tokenizer = read_config(name), _read_tokenizer(path, name)
-    if where.type == "cpu":
-        steady_heap()
     try:
         model = _from_pretrained(path, name, config, quantize, where, compute, attention)
     except torch.OutOfMemoryError as error:
@@ -100,7 +97,7 @@ def read_tokenizer(name: str) -> tuple[Any, int]:
 
 
 def read_config(name: str) -> Any:
-    """A model's `config.json`, as transformers reads it."""
+    """A model's `config.json`, as transformers reads it. UserError where it is no causal language model's."""
     path = model_folder(name, weights=False)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -113,6 +110,8 @@ def read_config(name: str) -> Any:
             f"{name}: its weights are already quantised ({method}); "
             "give the 16-bit model, it is quantised while loading"
         )
+    if not _is_causal(config):
+        raise UserError(f"{name}: a {config.model_type} is no causal language model; give one as --model")
     return config
 
 
@@ -229,6 +228,13 @@ def language_model(config: Any) -> tuple[Any, dict[str, str]]:
         r"^(?:model\.)?language_model\.(?!lm_head)(?:model\.)?": "model.",
         r"^language_model\.lm_head": "lm_head",
     }
+
+
+def _is_causal(config: Any) -> bool:
+    try:
+        return type(language_model(config)[0]) in MODEL_FOR_CAUSAL_LM_MAPPING
+    except ValueError:  # several models in one, none of them the language model
+        return False
 
 
 def _read_tokenizer(path: Path, name: str) -> Any:

@@ -55,7 +55,8 @@ def steady_heap() -> None:
     """Give every tensor of a megabyte or more pages of its own, which go back to the system with it (glibc).
 
     By default the C library learns to keep larger and larger blocks in its heap, where training's tensors leave gaps
-    that the next ones do not fill: the peak was 1.6 times what was alive. `MALLOC_MMAP_THRESHOLD_` keeps its say.
+    that the next ones do not fill: the peak is twice what is alive. Fresh pages cost a fifth to a third more time
+    (docs/log.md), so this is for runs whose tensors take much. `MALLOC_MMAP_THRESHOLD_` keeps its say.
     """
     if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return

@@ -7,13 +7,14 @@ from typing import Literal, TypeVar
 import torch
 
 from lowrank_align import adapters
+from lowrank_align.architecture import UnknownFigures
 from lowrank_align.base import Base
 from lowrank_align.config import TrainSettings, read_yaml
 from lowrank_align.data.training import Tell
 from lowrank_align.errors import EnvironmentProblem
 from lowrank_align.loading import DTYPES, pick_device, pick_dtype, read_config
-from lowrank_align.memory import free_bytes
-from lowrank_align.plan import Plan, as_flags, fit, gib, in_one_line, size_bytes, workload
+from lowrank_align.memory import free_bytes, steady_heap
+from lowrank_align.plan import STEADY_FROM_BYTES, Plan, as_flags, fit, gib, in_one_line, size_bytes, work_of
 from lowrank_align.skeleton import measure
 from lowrank_align.trees import TreeRow, longest_rows
 
@@ -36,7 +37,7 @@ def plan_run(settings: TrainSettings, rows: Sequence[TreeRow], base: Base | None
     new_tokens = getattr(settings, "max_new_tokens", 0)
     lengths = [len(completion.ids) for completion in longest.completions] or [new_tokens]
     layout: Literal["tree", "flat"] = "flat" if architecture.recurrent_layers else "tree"
-    work = workload(
+    work = work_of(
         settings,
         device="cpu" if device.type == "cpu" else "gpu",
         dtype=_dtype_name(base.compute_dtype if base else pick_dtype(settings.dtype, device)),
@@ -52,10 +53,16 @@ def plan_run(settings: TrainSettings, rows: Sequence[TreeRow], base: Base | None
 def fitted(settings: S, rows: Sequence[TreeRow], base: Base | None, tell: Tell) -> S:
     """The settings, told in one line what they need: as they are where they fit, or with --force.
 
-    With --auto the nearest that fit. EnvironmentProblem naming those otherwise.
+    With --auto the nearest that fit. EnvironmentProblem naming those otherwise. What cannot be planned goes on.
     """
-    plan = plan_run(settings, rows, base)
+    try:
+        plan = plan_run(settings, rows, base)
+    except UnknownFigures as error:  # the planner's limit, not the run's
+        tell(f"plan: none ({error}); going on")
+        return settings
     tell(in_one_line(plan))
+    if plan.asked.device == "cpu" and plan.prediction.passing_bytes >= STEADY_FROM_BYTES:
+        steady_heap()
     if plan.fits:
         return settings
     if settings.force:

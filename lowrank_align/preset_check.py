@@ -6,12 +6,11 @@ figures are those of another model makes a plan wrong, one with another end of t
 
 from typing import Any
 
-from lowrank_align.architecture import Architecture, figures_of
+from lowrank_align.architecture import Architecture, UnknownFigures
 from lowrank_align.config import ModelSettings, ReadingSettings
 from lowrank_align.data.chat import Renderer
-from lowrank_align.errors import UserError
-from lowrank_align.loading import language_model
 from lowrank_align.presets import Preset, read_preset
+from lowrank_align.skeleton import stated_figures
 
 # What memory depends on; a context that grew or a norm more is no other model.
 FIGURES = (
@@ -60,8 +59,8 @@ def other_figures(preset: Preset, model: str, config: Any) -> str | None:
     if expected is None:
         return None
     try:
-        found = figures_of(language_model(config)[0].to_dict(), model)
-    except UserError:  # a family that names its figures otherwise
+        found = stated_figures(config, model)
+    except UnknownFigures:  # a family with other figures than a decoder's
         return None
     differing = [name for name in FIGURES if _differ(name, expected, found)]
     if not differing:

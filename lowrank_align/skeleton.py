@@ -8,24 +8,46 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_align.architecture import Architecture, Linear, figures_of
+from lowrank_align.architecture import NEEDED, Architecture, Linear, UnknownFigures, figures_of
 from lowrank_align.errors import UserError
 from lowrank_align.loading import language_model
+
+RENAMED = (*NEEDED, "num_key_value_heads", "max_position_embeddings")
 
 
 def linear_layers(config: Any) -> list[str]:
     """The names of the layers that can have an adapter."""
-    return [name for name, module in _skeleton(config).named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    try:
+        return [name for name, module in _skeleton(config).named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    except ValueError as error:
+        raise UserError(f"a {config.model_type} is no causal language model; give one as --model") from error
+
+
+def stated_figures(config: Any, name: str, **measured: int) -> Architecture:
+    """The figures that a model's config states, by whichever names its family has for them (GPT-2's `n_embd`).
+
+    `measured` stands in for those that it does not state. UnknownFigures naming what is lacking.
+    """
+    config, _ = language_model(config)
+    try:
+        named = {key: getattr(config, key, None) for key in RENAMED}
+        found = {key: value for key, value in named.items() if isinstance(value, int | str)}  # no list, one a layer
+        return figures_of(config.to_dict() | measured | found, name)
+    except UnknownFigures:
+        raise
+    except Exception as error:  # some families refuse to name what differs between their layers, others count from -1
+        raise _unknown(config, name, "has other figures than a decoder's") from error
 
 
 def measure(config: Any, name: str) -> Architecture:
     """The figures of a model, its layers and weights counted rather than taken from a formula.
 
-    UserError naming what its config lacks.
+    UnknownFigures naming what its config lacks, or where the model cannot be built without weights.
     """
-    config, _ = language_model(config)
-    figures = figures_of(config.to_dict(), name)
-    model = _skeleton(config)
+    try:
+        model = _skeleton(config)
+    except Exception as error:  # what a family's own code makes of tensors without numbers is anything
+        raise _unknown(config, name, "cannot be built without its weights") from error
     tables = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     sizes: Counter[tuple[str, int, int]] = Counter()
     counted = 0
@@ -37,6 +59,8 @@ def measure(config: Any, name: str) -> Architecture:
             inputs, outputs = (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
             sizes[(path.rsplit(".", 1)[-1], inputs, outputs)] += 1
             counted += module.weight.numel()
+    widest = max((inputs for _, inputs, _ in sizes), default=0)  # what the last layer of an MLP reads
+    figures = stated_figures(config, name, intermediate_size=widest)
     if not figures.tie_word_embeddings:
         counted += model.get_output_embeddings().weight.numel()
     linears = tuple(Linear(*size, layers) for size, layers in sizes.items())
@@ -44,9 +68,10 @@ def measure(config: Any, name: str) -> Architecture:
     return figures.model_copy(update={"linears": linears, "other_parameters": every - counted})
 
 
+def _unknown(config: Any, name: str, why: str) -> UnknownFigures:
+    return UnknownFigures(f"{name}: the family {config.model_type} {why}, so its memory cannot be planned")
+
+
 def _skeleton(config: Any) -> Any:
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(language_model(config)[0])
-    except ValueError as error:
-        raise UserError(f"a {config.model_type} is no causal language model; give one as --model") from error
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(language_model(config)[0])

@@ -425,9 +425,11 @@ def test_configuration_files(content: str, message: str, refused: Callable[..., 
 
 
 def test_no_such_command(refused: Callable[..., None]) -> None:
-    known = "demo, sft, reward, dpo, ppo, generate, score, logps, show, runs"
+    known = (
+        "demo, sft, reward, dpo, ppo, presets, plan, audit, show, generate, chat, score, logps, export, doctor, runs"
+    )
     refused(2, f"generat: no such command (did you mean generate?) (there are: {known})", "generat", "--model", "m")
-    refused(2, "model: missing; give --model or a line in the --config file", "generate")
+    refused(2, "model: missing; give --model, --preset or a line in the --config file", "generate")
 
 
 # ---- the machine
@@ -656,7 +658,7 @@ MODELS: dict[str, tuple[Change, str]] = {
     ),
     "encoder and decoder": (
         changed("config.json", model_type="t5", architectures=["T5Model"]),
-        "model: cannot be loaded as a causal language model: Unrecognized configuration class ",
+        "model: a t5 is no causal language model; give one as --model",
     ),
     "cut weights": (cut("model.safetensors", -100), "model: cannot be loaded as a causal language model: "),
     "cut header": (cut("model.safetensors", 50), "model: cannot be loaded as a causal language model: "),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lowrank_align import __version__
-from lowrank_align.cli import OTHER_COMMANDS, main
+from lowrank_align.cli import COMMANDS, OTHER_COMMANDS, main
 from lowrank_align.config import METHODS, read_yaml
 from lowrank_align.runs import FolderLock
 
@@ -64,7 +64,10 @@ def test_help_documents_every_setting_with_its_default(
         paragraphs |= {flag.split()[0].rstrip(","): words for flag in words.split(", ") if flag.startswith("--")}
     settings = (METHODS | OTHER_COMMANDS)[name]
     for field, info in settings.model_fields.items():
-        said = paragraphs[f"--{field.replace('_', '-')}"]
+        if (name, field) == ("presets", "name"):  # the one that needs no flag
+            assert f" name {info.description}" in " ".join(outcome.out.split())
+            continue
+        said = paragraphs[f"--{'json' if field == 'as_json' else field.replace('_', '-')}"]
         assert " ".join(str(info.description).split()) in said
         shown = {True: "yes", False: "no"}[info.default] if isinstance(info.default, bool) else info.default
         if not info.is_required() and info.default not in (None, []):
@@ -73,7 +76,8 @@ def test_help_documents_every_setting_with_its_default(
 
 
 def test_nothing_heavy_is_loaded_before_it_is_needed() -> None:
-    """In a fresh Python: all help, mistakes in flags and settings, listing and comparing runs, without torch."""
+    """In a fresh Python, without torch: all help, mistakes in flags and settings, listing and comparing runs, the
+    presets, and a preset's plan where the GPU is named (16 GiB of weights are too much for 6)."""
     heavy = ["accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "torch", "transformers"]
     code = f"""
 import contextlib, io, sys
@@ -85,12 +89,15 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.St
             main(argv)
         except SystemExit as stopped:
             codes.append(stopped.code)
-    for argv in (["sft", "--rank", "0"], ["runs"], ["runs", "--compare", "runs/sft", "runs/reward"]):
+    plan = ["plan", "--preset", "qwen3-0.6b", "--gpu", "12GiB"]
+    for argv in (["sft", "--rank", "0"], ["runs"], ["runs", "--compare", "runs/sft", "runs/reward"],
+                 ["presets"], ["presets", "qwen3-4b"], plan, [*plan, "--json"],
+                 ["plan", "--preset", "qwen3-32b", "--gpu", "6GiB"]):
         codes.append(main(argv))
 print(codes, [name for name in {heavy} if name in sys.modules])
 """
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert child.stdout == f"{[0] * 12 + [2, 2, 0, 0]} []\n"
+    assert child.stdout == f"{[0] * (2 + len(COMMANDS)) + [2, 2, 0, 0, 0, 0, 0, 0, 3]} []\n"
 
 
 def test_what_the_terminal_cannot_show_is_escaped(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,7 +279,7 @@ def test_empty_answers_are_counted(
     def silence(base: Any, prompts: list[list[int]], *, end_ids: list[int], **_options: Any) -> list[list[Rollout]]:
         return [[Rollout(prompt, end_ids[:1], finished=True)] for prompt in prompts]
 
-    monkeypatch.setattr(import_module("lowrank_align.commands"), "sample", silence)
+    monkeypatch.setattr(import_module("lowrank_align.commands.rows"), "sample", silence)
     Path("rows.jsonl").write_text(json.dumps(TEXTS[0]) + "\n" + json.dumps({"prompt": CHAT}))
     argv = ("generate", "--model", tiny_llama, "--prompts", "rows.jsonl", "--quantize", "none", "--out", "out.jsonl")
     told = command(*argv).out

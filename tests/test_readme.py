@@ -216,7 +216,7 @@ def test_exit_codes() -> None:
 
 def test_shapes_of_rows() -> None:
     """Each shape has its line, with fields that are recognised, and the commands of the line take it."""
-    from lowrank_align.commands import WITH_COMPLETIONS
+    from lowrank_align.commands.rows import WITH_COMPLETIONS
     from lowrank_align.methods import method_class
 
     takes = {name: method_class(name).shapes for name in METHODS}

@@ -91,6 +91,6 @@ def _one_line(error: ValidationError, where: Mapping[str, str]) -> str:
     if not name:
         return problem
     if error.errors()[0]["type"] == "missing":
-        also = " or --preset" if name == "model" else ""
+        also = ", --preset" if name == "model" else ""
         return f"{name}: missing; give --{name.replace('_', '-')}{also} or a line in the --config file"
     return f"{where.get(name, '')}{name}: {problem}"

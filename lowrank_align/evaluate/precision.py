@@ -5,53 +5,53 @@ take twice its memory, so that one block at a time is widened while it runs.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_align.export.verify import spacing
-
 WIDENED = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
 def fp32_arithmetic(model: nn.Module, rounding: torch.dtype | None = None) -> Iterator[None]:
-    """Inside, every block of `model` has its weights in fp32 while it runs; its 16-bit tensors are untouched.
+    """Inside, every block of `model` has its weights in fp32 while it runs, embeddings and head all the time.
 
-    With `rounding`, each weight is also moved at random by up to half a unit in its last place of that dtype (fp32: a
-    whole one), the same way each time: what another rounding of these weights would do.
+    Afterwards the 16-bit tensors are back. With `rounding`, each weight is also moved at random by up to half a unit in
+    its last place of that dtype (fp32: a whole one), the same way each time: what another rounding of it would do.
     """
-    held: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
     names = {parameter: name for name, parameter in model.named_parameters()}
+    held: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
+    room: dict[tuple[int, torch.Size], Tensor] = {}  # blocks take turns in it: new pages for each would cost as much
 
-    def widen(module: nn.Module, _inputs: Any) -> None:
-        held[module] = [(p, p.data) for p in _own(module, module in blocks) if _concerns(p, rounding)]
-        for parameter, data in held[module]:
-            wide = data.float()
-            parameter.data = wide if rounding is None else _moved(wide, rounding, names[parameter])
+    def widen(owner: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+        held[owner] = [(p, p.data) for p in parameters if _concerns(p, rounding)]
+        for place, (parameter, data) in enumerate(held[owner]):
+            key = (-1 - place if owner is model else place, data.shape)
+            if key not in room:
+                room[key] = torch.empty_like(data, dtype=torch.float32)
+            parameter.data = room[key].copy_(data)
+            if rounding is not None:
+                _move(parameter.data, rounding, names[parameter])
 
-    def restore(module: nn.Module, _inputs: Any, _output: Any) -> None:
-        for parameter, data in held.pop(module, []):
+    def restore(owner: nn.Module) -> None:
+        for parameter, data in held.pop(owner, []):
             parameter.data = data
 
     blocks = _blocks(model)
-    inside = {part for block in blocks for part in block.modules()}
-    units = [*blocks, *(m for m in model.modules() if m not in inside and any(True for _ in m.parameters(False)))]
-    hooks = [h for m in units for h in (m.register_forward_pre_hook(widen), _after(m, restore))]
+    within = {id(parameter) for block in blocks for parameter in block.parameters()}
+    hooks: list[Any] = [b.register_forward_pre_hook(lambda block, _: widen(block, block.parameters())) for b in blocks]
+    hooks += [b.register_forward_hook(lambda block, *_: restore(block), always_call=True) for b in blocks]
+    widen(model, (p for p in model.parameters() if id(p) not in within))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for module in list(held):  # a forward that broke off
-            restore(module, None, None)
-
-
-def _after(module: nn.Module, restore: Any) -> Any:
-    return module.register_forward_hook(restore, always_call=True)
+        for owner in list(held):  # the model, and a block whose forward broke off
+            restore(owner)
 
 
 def _blocks(model: nn.Module) -> set[nn.Module]:
@@ -61,17 +61,15 @@ def _blocks(model: nn.Module) -> set[nn.Module]:
     return {block for each in outer for block in each}
 
 
-def _own(module: nn.Module, whole: bool) -> list[nn.Parameter]:
-    return list(module.parameters(recurse=whole))
-
-
 def _concerns(parameter: nn.Parameter, rounding: torch.dtype | None) -> bool:
     return parameter.dtype in WIDENED or (rounding is not None and parameter.dtype == torch.float32)
 
 
-def _moved(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def _move(values: Tensor, dtype: torch.dtype, name: str) -> None:
+    """In place. The bits of a float count its units in the last place: those of `dtype` are so many of fp32's."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
     generator = torch.Generator(values.device).manual_seed(seed)
-    shift = torch.rand(values.shape, generator=generator, device=values.device) - 0.5
-    units = 2.0 if dtype == torch.float32 else 1.0  # fp32 itself holds no half units
-    return values + units * shift * spacing(values, dtype)
+    half = max(1, round(torch.finfo(dtype).eps / torch.finfo(torch.float32).eps) // 2)
+    bits = values.view(torch.int32)
+    steps = torch.randint(-half, half + 1, bits.shape, generator=generator, device=bits.device, dtype=torch.int32)
+    bits += steps.mul_((bits & 0x7FFFFFFF) > half)  # not across zero

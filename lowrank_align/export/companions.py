@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_align import adapters, provenance
+from lowrank_align.data.messages import Message
 from lowrank_align.errors import UserError
 from lowrank_align.export.source import NAMES, Source
 from lowrank_align.provenance import for_publishing
@@ -122,15 +123,19 @@ def _generation(source: Source) -> dict[str, Any]:
 
 
 def _write_tokenizer_settings(folder: Path, source: Source, states_bos: bool) -> None:
-    """The template that was trained with, where it is not the tokenizer's own, and a classifier's pad token."""
+    """The template that was trained with, where it is not the tokenizer's own, and a classifier's pad token.
+
+    A template that leaves out the BOS token which the tokenizer adds to texts gets it: training put it there too.
+    """
     renderer, tokenizer = source.renderer, source.renderer.tokenizer
     file = folder / TOKENIZER
     settings = _read(file) if file.is_file() else {}
     before = dict(settings)
-    if renderer.template_source != "the model's own":
-        (folder / TEMPLATE).write_text(renderer.template.text, encoding="utf-8")
+    opening = "{{- bos_token }}" if _lacks_bos(source) else ""
+    if opening or renderer.template_source != "the model's own":
+        (folder / TEMPLATE).write_text(opening + renderer.template.text, encoding="utf-8")
         if "chat_template" in settings:
-            settings["chat_template"] = renderer.template.text
+            settings["chat_template"] = opening + renderer.template.text
     pad = classifier_pad(source) if source.kind == "reward" else None
     if pad is not None and pad != tokenizer.pad_token_id:
         settings["pad_token"] = tokenizer.convert_ids_to_tokens(pad)
@@ -138,6 +143,12 @@ def _write_tokenizer_settings(folder: Path, source: Source, states_bos: bool) ->
         settings["add_bos_token"] = adds_bos(tokenizer)
     if settings != before:
         _edit(file, settings)
+
+
+def _lacks_bos(source: Source) -> bool:
+    tokenizer = source.renderer.tokenizer
+    trial = source.renderer.template.render([Message(role="user", content="?")], {}, open_turn=True)
+    return adds_bos(tokenizer) and not trial.startswith(tokenizer.bos_token)
 
 
 def _edit(file: Path, values: Mapping[str, Any]) -> None:

@@ -98,6 +98,7 @@ def find_source(settings: ExportSettings) -> Source:
     _refuse_unfinished(run)
     _refuse_value_model(adapter)
     record = read_provenance(run) or {}
+    run = run if record else adapter  # a plain PEFT adapter whose folder happens to be called `adapter`
     model, base = _base(settings, run, adapter, record)
     config, base_hash = read_config(model), weights_hash(base)
     adapters.check_before_load(settings.adapter, None, model, base_hash, config)

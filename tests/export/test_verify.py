@@ -38,7 +38,7 @@ def test_spacing() -> None:
     values = torch.tensor([1.0, 0.75, -5.0])
     assert spacing(values, torch.bfloat16).tolist() == [2.0**-7, 2.0**-8, 2.0**-5]
     assert spacing(torch.tensor([1.0, 1e-6, 0.0]), torch.float16).tolist() == [2.0**-10, 2.0**-24, 2.0**-24]
-    assert spacing(torch.tensor([1.0], dtype=torch.float64), torch.float32).tolist() == [2.0**-23]
+    assert spacing(torch.tensor([1.0]), torch.float32).tolist() == [2.0**-23]
 
 
 def test_scaling() -> None:

@@ -1,0 +1,96 @@
+"""Whether a workload fits into a card, and the nearest one that does."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lowrank_align.architecture import Architecture
+from lowrank_align.plan.prediction import GIB, Prediction, predict
+from lowrank_align.plan.workload import ROLLING, TRAINING, Workload
+
+CARDS_GIB = (6, 8, 12, 16, 24, 48)  # what gaming and workstation cards have
+SHORTEST_TOKENS = 128  # the planner suggests no shorter length
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Whether a workload fits into a budget, and the nearest one that does."""
+
+    asked: Workload
+    prediction: Prediction
+    budget_bytes: int
+    chosen: Workload | None  # the same where it fits, None where nothing does
+    chosen_prediction: Prediction | None
+    changes: dict[str, Any] = field(default_factory=dict)  # settings in which chosen differs, by their names
+    least_bytes: int = 0  # the peak of the smallest workload that was tried
+
+    @property
+    def fits(self) -> bool:
+        return self.prediction.total_bytes <= self.budget_bytes
+
+
+def fit(architecture: Architecture, work: Workload, budget_bytes: int) -> Plan:
+    """The workload as asked where it fits, else the nearest that does: first what costs least in speed, length last."""
+    prediction = predict(architecture, work)
+    least = prediction.total_bytes
+    for candidate in _nearest_first(work):
+        found = predict(architecture, candidate)
+        least = min(least, found.total_bytes)
+        if found.total_bytes <= budget_bytes:
+            return Plan(work, prediction, budget_bytes, candidate, found, _changes(work, candidate), least)
+    return Plan(work, prediction, budget_bytes, None, None, {}, least)
+
+
+def cards(architecture: Architecture, work: Workload) -> dict[int, Plan]:
+    """The plan for every usual size of card, by its GiB."""
+    return {gib: fit(architecture, work, gib * GIB) for gib in CARDS_GIB}
+
+
+def _nearest_first(work: Workload) -> Iterator[Workload]:
+    """Ever smaller workloads: rollouts at once, rows at once, recomputation, 8-bit states, and shorter rows at last."""
+    yield work
+    training = work.method in TRAINING
+    lengths = [work.max_length]
+    while lengths[-1] // 2 >= SHORTEST_TOKENS:
+        lengths.append(lengths[-1] // 2)
+    steps = [(work.gradient_checkpointing, work.optimizer)]
+    steps += [(True, work.optimizer)] if training and not work.gradient_checkpointing else []
+    if training and work.device == "gpu" and work.optimizer == "adamw":
+        steps += [(True, "adamw_8bit")]
+    for length in lengths:
+        for checkpointing, optimizer in steps:
+            for rows in _halved(work.micro_batch_size):
+                for rollouts in _halved(work.rollout_batch_size) if work.method in ROLLING else [1]:
+                    yield replace(
+                        shortened(work, length), micro_batch_size=rows, gradient_checkpointing=checkpointing,
+                        optimizer=optimizer, rollout_batch_size=rollouts,
+                    )  # fmt: skip
+
+
+def shortened(work: Workload, max_length: int) -> Workload:
+    """The same with rows of at most `max_length` tokens, prompt and completion cut alike."""
+    share = max_length / work.max_length
+    if share >= 1:
+        return work
+    completion = max(1, int(work.completion_tokens * share))
+    return replace(
+        work,
+        completion_tokens=completion,
+        prompt_tokens=max(1, max_length - completion),
+        max_new_tokens=min(work.max_new_tokens, completion) if work.max_new_tokens else 0,
+    )
+
+
+def _halved(size: int) -> list[int]:
+    sizes = [size]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def _changes(asked: Workload, chosen: Workload) -> dict[str, Any]:
+    names = ("micro_batch_size", "rollout_batch_size", "gradient_checkpointing", "optimizer", "max_length")
+    found = {name: getattr(chosen, name) for name in names if getattr(chosen, name) != getattr(asked, name)}
+    if asked.max_new_tokens != chosen.max_new_tokens:
+        found["max_new_tokens"] = chosen.max_new_tokens
+    return found

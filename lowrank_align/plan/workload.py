@@ -1,0 +1,89 @@
+"""What is to be in memory at once: a method's rows, adapters and settings, as far as memory is concerned."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lowrank_align.config import TrainSettings
+
+TRAINING = ("sft", "reward", "dpo", "ppo", "grpo")
+ROLLING = ("ppo", "grpo", "chat")  # these sample answers
+SCORING = ("sft", "dpo", "ppo", "grpo")  # these put completion tokens through the head
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is to be run, as far as memory is concerned."""
+
+    method: str
+    quantize: str = "nf4"
+    dtype: str = "bf16"
+    device: Literal["gpu", "cpu"] = "gpu"
+    rank: int = 16
+    target_modules: tuple[str, ...] = ()  # by name; none: every linear layer
+    micro_batch_size: int = 2
+    prompt_tokens: int = 512  # of the longest row
+    completion_tokens: int = 512  # of each of its completions
+    completions: int = 1  # a row's: 1 a demonstration or rollout, 2 a pair
+    max_new_tokens: int = 0
+    rollout_batch_size: int = 1
+    gradient_checkpointing: bool = False
+    optimizer: str = "adamw"
+    adapters: int = 1  # all that lie in memory, frozen ones too
+    trained_adapters: int = 1
+    layout: Literal["tree", "flat"] = "tree"
+
+    @property
+    def max_length(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch, padding included."""
+        if self.layout == "flat":
+            return self.micro_batch_size * self.completions * self.max_length
+        return self.micro_batch_size * (self.prompt_tokens + self.completions * self.completion_tokens)
+
+    @property
+    def row_tokens(self) -> int:
+        """The length of one row of the batch, whose square the attention mask has."""
+        return self.tokens // (self.micro_batch_size * (self.completions if self.layout == "flat" else 1))
+
+    @property
+    def scored_tokens(self) -> int:
+        return self.micro_batch_size * self.completions * self.completion_tokens
+
+
+def work_of(
+    settings: TrainSettings,
+    *,
+    device: Literal["gpu", "cpu"],
+    dtype: str,
+    prompt_tokens: int,
+    completion_tokens: int,
+    completions: int = 1,
+    layout: Literal["tree", "flat"] = "tree",
+) -> Workload:
+    """What a run with these settings has in memory, the longest row having so many tokens."""
+    reward = getattr(settings, "reward", None)
+    is_ppo, judged = settings.method == "ppo", reward is not None and ":" not in reward
+    has_reference = settings.method in ("dpo", "ppo", "grpo") and settings.adapter is not None
+    trained = 2 if is_ppo else 1
+    return Workload(
+        method=settings.method,
+        quantize=settings.quantize,
+        dtype=dtype,
+        device=device,
+        rank=settings.rank,
+        target_modules=tuple(settings.target_modules or ()),
+        micro_batch_size=settings.micro_batch_size,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        completions=completions,
+        max_new_tokens=getattr(settings, "max_new_tokens", 0),
+        rollout_batch_size=min(getattr(settings, "rollout_batch_size", 1), settings.batch_size),
+        gradient_checkpointing=settings.gradient_checkpointing,
+        optimizer=settings.optimizer,
+        adapters=trained + has_reference + judged,
+        trained_adapters=trained,
+        layout=layout,
+    )
