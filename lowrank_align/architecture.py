@@ -53,6 +53,8 @@ class Architecture(BaseModel):
     """How many layers have that window."""
     recurrent_layers: int = 0
     """How many layers keep a state instead of a cache (gated delta nets, mamba, convolutions): these need flat rows."""
+    hybrid_layers: int = 0
+    """How many layers keep both, a state and a cache: these need flat rows, too."""
     num_experts: int = 0
     """Experts a layer, as 3-D tensors that quantisation leaves alone; 0 for a dense model."""
     num_experts_per_tok: int = 0
@@ -113,6 +115,11 @@ class Architecture(BaseModel):
         return tables * self.vocab_size * self.hidden_size + linear + self.kept_parameters()
 
     @property
+    def needs_flat_rows(self) -> bool:
+        """Whether a state runs through the rows, which no mask keeps out of where it does not belong."""
+        return bool(self.recurrent_layers or self.hybrid_layers)
+
+    @property
     def caching_layers(self) -> tuple[int, int]:
         """Layers whose cache holds every token, and layers whose cache ends with the window."""
         full = self.num_hidden_layers - self.recurrent_layers - self.sliding_layers
@@ -145,6 +152,7 @@ def figures_of(config: Mapping[str, Any], name: str) -> Architecture:
         sliding_window=window,
         sliding_layers=windowed,
         recurrent_layers=sum(types.count(kind) for kind in RECURRENT),
+        hybrid_layers=types.count("hybrid"),
         num_experts=experts,
         num_experts_per_tok=values.get("num_experts_per_tok") or 0,
         moe_intermediate_size=values.get("moe_intermediate_size") or (values["intermediate_size"] if experts else 0),

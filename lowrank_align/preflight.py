@@ -36,7 +36,7 @@ def plan_run(settings: TrainSettings, rows: Sequence[TreeRow], base: Base | None
     longest = longest_rows(rows, 1)[0]
     new_tokens = getattr(settings, "max_new_tokens", 0)
     lengths = [len(completion.ids) for completion in longest.completions] or [new_tokens]
-    layout: Literal["tree", "flat"] = "flat" if architecture.recurrent_layers else "tree"
+    layout: Literal["tree", "flat"] = "flat" if architecture.needs_flat_rows else "tree"
     work = work_of(
         settings,
         device="cpu" if device.type == "cpu" else "gpu",

@@ -2,8 +2,8 @@
 
 A preset states where the model is, its figures (so that a plan needs neither network nor files), which tokens end a
 turn and pad, and the settings in which it differs from the defaults, for all methods or for one. What could not be
-checked when it was written is named under `unverified`; `preset_check` compares it with the model whenever that is
-loaded. No torch here.
+checked when it was written is named under `unverified`; of that, `preset_check` compares what a model's files tell
+whenever the model is loaded. No torch here.
 """
 
 import os

@@ -41,7 +41,7 @@ def choose_layout(base: Base) -> Layout:
             tree = _logps(base, row, "tree")
             leak = (tree[1] - _logps(base, other, "tree")[1]).abs().max().item()
             gap = (tree - _logps(base, row, "flat")).abs().max().item()
-    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+    except (AttributeError, ValueError, TypeError, RuntimeError, KeyError) as error:
         reason = f"the model takes no tree mask ({str(error).splitlines()[0]})"
     else:
         # The masked-out tokens do not enter an attention sum at all, so a leak shows in any precision.

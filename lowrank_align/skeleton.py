@@ -12,7 +12,7 @@ from lowrank_align.architecture import NEEDED, Architecture, Linear, UnknownFigu
 from lowrank_align.errors import UserError
 from lowrank_align.loading import language_model
 
-RENAMED = (*NEEDED, "num_key_value_heads", "max_position_embeddings")
+RENAMED = (*NEEDED, "num_key_value_heads", "max_position_embeddings", "head_dim", "sliding_window", "layer_types")
 
 
 def linear_layers(config: Any) -> list[str]:
@@ -29,13 +29,17 @@ def stated_figures(config: Any, name: str, **measured: int) -> Architecture:
     `measured` stands in for those that it does not state. UnknownFigures naming what is lacking.
     """
     config, _ = language_model(config)
+    values = config.to_dict() | measured
+    for key in RENAMED:
+        try:
+            found = getattr(config, key, None)
+        except Exception:  # some families refuse to name what differs between their layers
+            continue
+        if found is not None and not (key in measured and isinstance(found, list | tuple)):
+            values[key] = found
     try:
-        named = {key: getattr(config, key, None) for key in RENAMED}
-        found = {key: value for key, value in named.items() if isinstance(value, int | str)}  # no list, one a layer
-        return figures_of(config.to_dict() | measured | found, name)
-    except UnknownFigures:
-        raise
-    except Exception as error:  # some families refuse to name what differs between their layers, others count from -1
+        return figures_of(values, name)
+    except ValueError as error:  # a context of -1 tokens
         raise _unknown(config, name, "has other figures than a decoder's") from error
 
 

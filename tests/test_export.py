@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -54,6 +55,8 @@ def test_merged_writes_what_base_and_adapter_write(
         assert tokenizer.decode(ids, skip_special_tokens=True) == line["completion"]
     for file in ("README.md", "export.json", "parity.json", "config.json"):
         assert str(trained) not in (text := (out / file).read_text()) and str(tiny_llama) not in text
+    front = yaml.safe_load((out / "README.md").read_text().split("---")[1])
+    assert (front["base_model"], front["library_name"]) == ("tiny_llama", "transformers") and "sft" in front["tags"]
     marker = json.loads((out / "export.json").read_text())
     assert (marker["state"], marker["dtype"], marker["base"]) == ("passed", "fp32", "tiny_llama")
     assert {"model.safetensors", "tokenizer.json", "README.md"} <= marker["files"].keys()
@@ -62,7 +65,7 @@ def test_merged_writes_what_base_and_adapter_write(
 def test_plain_transformers_stops_at_the_turns_end(
     command: Callable[..., Any], tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """The head of this base answers every prompt with `<|im_end|>`; its own settings stop at `</s>` alone."""
+    """The head of this base, in bf16 as most are, answers with `<|im_end|>`; its own settings stop at `</s>` alone."""
     from lowrank_align.base import Base
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
@@ -72,13 +75,14 @@ def test_plain_transformers_stops_at_the_turns_end(
     )
     with torch.no_grad():
         model.lm_head.weight[end] = 9 * model.model(**inputs).last_hidden_state[0, -1]
-    model.save_pretrained(tmp_path / "base")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     base = Base.load(str(tmp_path / "base"), quantize="none", device="cpu")
     base.add_role("policy", rank=1)
     base.save_role("policy", tmp_path / "adapter")
     outcome = command("export", "--adapter", tmp_path / "adapter", "--out", tmp_path / "out", "--device", "cpu")
     assert outcome.code == 0 and "how the adapter was trained is not on record" in outcome.out, outcome.err
+    assert parity(tmp_path / "out")["precision"] == "weights in bf16, arithmetic in fp32"
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     length = inputs["input_ids"].shape[1]
     ids = exported.generate(**inputs, do_sample=False, max_new_tokens=5)[0, length:].tolist()
@@ -150,7 +154,7 @@ def test_a_damaged_export_is_caught(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "export.json").write_text("older")
     save = merging.save
-    monkeypatch.setattr(merging, "save", lambda model, folder: (save(model, folder), damaged_weights(folder)))
+    monkeypatch.setattr(merging, "save", lambda model, folder, **how: (save(model, folder), damaged_weights(folder)))
     outcome = export("sft", "--overwrite", "--to", "ollama")
     assert outcome.code == 4 and "not what was trained, so it is kept as out.failed only" in outcome.err
     assert (tmp_path / "out" / "export.json").read_text() == "older"

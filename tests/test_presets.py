@@ -301,7 +301,7 @@ def test_the_list(command: Command) -> None:
         assert body[at + 1].split()[0] == PRESETS[name].model
     at = next(i for i, line in enumerate(body) if line.startswith("qwen3-4b "))
     assert body[at].split() == ["qwen3-4b", "4.02B", "2.47", "Apache-2.0", "open"]
-    assert body[at + 1].split() == ["Qwen/Qwen3-4B", "tokens", "template"]
+    assert body[at + 1].split() == ["Qwen/Qwen3-4B", "tokens?", "template?"]
     at = next(i for i, line in enumerate(body) if line.startswith("llama-3.2-1b "))
     assert body[at].split() == ["llama-3.2-1b", "1.24B", "0.96", "Llama", "3.2", "gated"]
 
@@ -319,7 +319,8 @@ def test_one_preset(command: Command) -> None:
     assert "end of turn <end_of_turn>, pad <pad> (unverified)" in words
     assert "dpo learning_rate 5e-06; beta 0.1" in words
     assert "turns end with <end_of_turn> (106)" in words
-    assert "Unverified: gated, tokens;" in words
+    assert "Unverified: tokens; compared with the model whenever it is loaded." in words
+    assert "Unverified: gated; only its page on the hub says it." in words
 
 
 def test_the_users_own_are_marked_and_win(own: Path, command: Command) -> None:

@@ -23,6 +23,7 @@ FEWER = {  # what is put behind a command, so that it takes a second
     "dpo": ["--max-steps", "2", "--batch-size", "2"],
     "ppo": ["--max-steps", "2", "--batch-size", "2", "--max-new-tokens", "8"],
     "generate": ["--max-new-tokens", "8"],
+    "chat": ["--max-new-tokens", "8"],
 }
 RUN = {
     "README.md",
@@ -65,6 +66,7 @@ def ran(tiny_llama: Path, trained: Path, cache: Path, tmp_path_factory: pytest.T
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("LOWRANK_ALIGN_CACHE", str(cache))
+        patch.setattr("sys.stdin", io.StringIO("Hi\n"))  # what is said in the chat
         for words in commands():
             argv = [values.get(word, word) for word in words] + FEWER.get(words[0], [])
             with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -242,6 +244,14 @@ def test_the_example_of_an_error(
     assert main(["dpo", "--model", str(tiny_llama), "--data", "pairs.jsonl", "--out", "run"]) == 2
     (example,) = (block for block in blocks("") if block.startswith("error: "))
     assert capsys.readouterr().err == example
+
+
+def test_the_plan_is_what_the_command_prints(capsys: Any) -> None:
+    """The block begins with its command; tables end in spaces there, which the README leaves out."""
+    (block,) = (block for block in blocks("") if block.startswith("$ lowrank-align plan"))
+    line, _, shown = block.partition("\n")
+    assert main(shlex.split(line)[2:]) == 0
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == shown.splitlines()
 
 
 def test_links_lead_somewhere() -> None:

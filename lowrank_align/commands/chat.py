@@ -26,6 +26,7 @@ from lowrank_align.data.chat import Renderer
 from lowrank_align.errors import EXIT_DONE, EnvironmentProblem, UserError, nearest
 from lowrank_align.loading import check_device, model_folder, read_config, read_tokenizer
 from lowrank_align.loop import OUT_OF_MEMORY
+from lowrank_align.preset_check import from_preset, preset_lines
 from lowrank_align.provenance import weights_hash
 from lowrank_align.rollout import generator_for
 
@@ -45,10 +46,13 @@ def chat(settings: ChatSettings) -> int:
         chat_template=settings.chat_template,
         max_length=min(settings.max_length, context),
         thinking=settings.thinking,
-        thinking_if_possible=settings.preset is not None,
+        thinking_if_possible=from_preset(settings, "thinking"),
     )
+    screen, config = Screen(), read_config(settings.model)
+    for line in preset_lines(settings, renderer, config):
+        screen.note(line)
     if settings.adapter is not None:
-        config, folder = read_config(settings.model), model_folder(settings.model)
+        folder = model_folder(settings.model)
         adapters.check_before_load(settings.adapter, "policy", settings.model, weights_hash(folder), config)
     base = Base.load(
         settings.model,
@@ -57,7 +61,7 @@ def chat(settings: ChatSettings) -> int:
         dtype=settings.dtype,
         attention=settings.attention,
     )
-    session = Session(base, renderer, settings, Screen())
+    session = Session(base, renderer, settings, screen)
     session.run()
     return EXIT_DONE
 

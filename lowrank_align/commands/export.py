@@ -69,6 +69,8 @@ def _prepare(settings: ExportSettings) -> tuple[Job, Path | None, list[str]]:
     notes = _preset_notes(settings, source)
     _refuse_combinations(settings, source)
     converter = gguf.find_converter() if settings.to == "gguf" else None
+    if settings.to == "adapter" and source.renamed:
+        notes.append("made for the base's language model alone: PEFT must get that part, not the whole that also sees")
     nf4 = settings.as_trained and source.trained_with != "none"
     if settings.as_trained and not nf4:
         notes.append("--as-trained: the run was trained on unquantised weights, which are exported either way")
@@ -86,18 +88,13 @@ def _prepare(settings: ExportSettings) -> tuple[Job, Path | None, list[str]]:
 
 
 def _refuse_combinations(settings: ExportSettings, source: Source) -> None:
-    if settings.to == "adapter":
-        for name, given in (
-            ("--as-trained", settings.as_trained),
-            (f"--dtype {settings.dtype}", settings.dtype != "auto"),
-        ):
-            if given:
-                raise UserError(f"{name}: is about merged weights; an adapter stays in fp32 beside whichever base")
+    flags = {"--as-trained": settings.as_trained, f"--dtype {settings.dtype}": settings.dtype != "auto"}
+    for flag in (flag for flag, given in flags.items() if given and settings.to == "adapter"):
+        raise UserError(f"{flag}: is about merged weights; an adapter stays in fp32 beside whichever base")
     if source.kind == "reward":
         if settings.to in ("gguf", "ollama"):
-            raise UserError(
-                f"--to {settings.to}: {source.run} is a reward model, which does not chat; take --to merged"
-            )
+            what = "is a reward model, which does not chat; take --to merged"
+            raise UserError(f"--to {settings.to}: {source.run} {what}")
         if settings.to == "merged":
             merge.empty_classifier(source.config if not source.renamed else source.config.get_text_config())
     if settings.as_trained and source.trained_with == "int8":
@@ -137,7 +134,7 @@ def _write_model(job: Job, folder: Path, say: Say) -> WeightCheck | None:
     if source.kind == "reward":
         merged = merge.as_classifier(merged, source.saved, job.dtype, classifier_pad(source))
     say("writing the weights")
-    merge.save(merged.model, folder)
+    merge.save(merged.model, folder, own_names=bool(source.renamed))
     del loaded, merged
     write_companions(folder, source, job.dtype, states_bos=job.to in ("ollama", "gguf"))
     say("reading the weights back")
@@ -163,9 +160,7 @@ def _other_formats(
     if job.to in ("ollama", "gguf"):
         made = ollama.modelfile(job.source, f"./{GGUF}" if converter else ".")
         (folder / ollama.MODELFILE).write_text(made.text, encoding="utf-8")
-        notes += made.warnings
-    if job.to == "ollama":
-        notes += ollama.import_warnings(folder)
+        notes += [*made.warnings, *ollama.import_warnings(model, job.to)]
     return facts
 
 

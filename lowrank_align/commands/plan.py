@@ -82,7 +82,7 @@ def workload_of(settings: PlanSettings, preset: Preset | None, architecture: Arc
         optimizer=knobs.get("optimizer") or "adamw",
         adapters=adapters,
         trained_adapters=trained,
-        layout=preset.layout if preset else ("flat" if architecture.recurrent_layers else "tree"),
+        layout=preset.layout if preset else ("flat" if architecture.needs_flat_rows else "tree"),
     )
 
 
@@ -120,7 +120,10 @@ def _print(
         console.print(_verdict(found), markup=False)
         console.print()
     console.print(_cards_table(architecture, work))
-    if architecture.num_experts or architecture.recurrent_layers:
+    console.print(
+        "A display on the same card takes up to 1 GiB of it: --gpu 11GiB plans for the rest of 12.", markup=False
+    )
+    if architecture.num_experts or architecture.needs_flat_rows:
         console.print("rough: experts and recurrent layers keep more of a pass than is counted here", markup=False)
 
 

@@ -3,9 +3,9 @@
 import json
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 
@@ -14,6 +14,7 @@ from lowrank_align.config import PresetsSettings
 from lowrank_align.errors import UserError
 from lowrank_align.plan import GIB, NF4_BYTES
 from lowrank_align.presets import (
+    Checkable,
     Preset,
     header,
     own_folder,
@@ -25,6 +26,7 @@ from lowrank_align.presets import (
 
 KEPT_BYTES = 2  # of a weight that quantisation leaves alone, in 16 bits
 LEFT = 45  # columns for a name or a hub id
+UNTOLD: tuple[Checkable, ...] = ("licence", "gated")  # what of a preset no file of the model tells
 
 
 def presets(settings: PresetsSettings) -> None:
@@ -72,21 +74,22 @@ def _list(found: list[Preset], broken: Mapping[Path, str], console: Console) -> 
 
     ours = project_files()
     say(f"{'preset':<{LEFT}}{'weights':>7}{'NF4 GiB':>9}  {'licence':<10} access")
-    say(f"{'  model':<{LEFT}}{'not verified':>17}\n")
+    say(f"{'  model':<{LEFT}}  ?: not verified\n")
     for preset in sorted(found, key=_by_size):
         figures = preset.architecture
         sizes = (_count(figures.parameters), f"{nf4_bytes(figures) / GIB:.2f}") if figures else ("?", "?")
         name = f"{preset.name}{_whose(preset, ours)}"
         say(f"{name:<{LEFT}}{sizes[0]:>7}{sizes[1]:>9}  {_short(preset.licence):<10} {_access(preset)}")
-        doubtful = " ".join(preset.unverified)
-        say(f"  {preset.model:<{LEFT - 2}}{f'     {doubtful}' if doubtful else ''}".rstrip())
+        doubtful = " ".join(f"{what}?" for what in preset.unverified)
+        say(f"  {preset.model:<{LEFT - 2}}  {doubtful}".rstrip())
     if broken:
         say("")
     for problem in broken.values():
         say(f"not usable: {problem}")
     own = own_folder()
     say(f"\n{len(found)} presets. `lowrank-align presets NAME` shows one, --preset NAME takes it.")
-    say("What is not verified is compared with the model whenever it is loaded.")
+    for names, truth in _unverified(get_args(Checkable)):
+        say(f"{names.replace(',', '?,')}?: {truth}.")
     say(f"Your own are read from {own}{'' if own.is_dir() else ' (not there yet)'}")
 
 
@@ -149,7 +152,18 @@ def _page(preset: Preset, console: Console) -> None:
         say_under("  -", note)
     if preset.unverified:
         say("")
-        say_under("Unverified:", f"{', '.join(preset.unverified)}; compared with the model whenever it is loaded.")
+    for names, truth in _unverified(preset.unverified):
+        say_under("Unverified:", f"{names}; {truth}.")
+
+
+def _unverified(names: Sequence[Checkable]) -> Iterator[tuple[str, str]]:
+    """The names that a preset could not verify, and where the truth is to be found."""
+    told = [name for name in names if name not in UNTOLD]
+    untold = [name for name in names if name in UNTOLD]
+    if told:
+        yield ", ".join(told), "compared with the model whenever it is loaded"
+    if untold:
+        yield ", ".join(untold), "only its page on the hub says it"
 
 
 def _facts(preset: Preset) -> dict[str, str]:

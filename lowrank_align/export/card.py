@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from lowrank_align.adapters import WEIGHTS
+from lowrank_align.export.companions import classifier_pad
 from lowrank_align.export.source import NAMES, Source
 from lowrank_align.provenance import file_sha256, for_publishing
 
@@ -22,7 +23,7 @@ def card(
     base, method = source.public_name, source.record.get("method")
     reward = source.kind == "reward"
     front: dict[str, Any] = {
-        **({"license": licence} if licence else {}),
+        **({"license": licence.lower()} if licence else {}),
         "base_model": base,
         "library_name": "peft" if to == "adapter" else "gguf" if to == "gguf" else "transformers",
         "pipeline_tag": "text-classification" if reward else "text-generation",
@@ -45,7 +46,7 @@ def card(
             f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n",
             f"# {name}\n",
             f"{what} `{base}`{trained}.{weights}\n",
-            f"## Use\n\n{_use(name, to, base, reward)}\n",
+            f"## Use\n\n{_use(source, name, to)}\n",
             *([_SHIFT] if reward else []),
             *([*(f"- {note}" for note in notes), ""] if notes else []),
             "## How near it is to what was trained\n",
@@ -57,7 +58,8 @@ def card(
     )
 
 
-def _use(name: str, to: str, base: str, reward: bool) -> str:
+def _use(source: Source, name: str, to: str) -> str:
+    base, reward = source.public_name, source.kind == "reward"
     kind = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
     imports = f"from transformers import AutoTokenizer, {kind}\n"
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
@@ -66,12 +68,12 @@ def _use(name: str, to: str, base: str, reward: bool) -> str:
     if to == "gguf":
         return f"```\nllama-cli -m {GGUF} -cnv\nollama create {name.lower()} -f Modelfile\n```"
     if to == "adapter":
-        classes = ", num_labels=1" if reward else ""
-        load = (
-            f'model = {kind}.from_pretrained("{base}"{classes})\nmodel = PeftModel.from_pretrained(model, "{name}")\n'
-        )
-        return f"```python\nfrom peft import PeftModel\n{imports}\n{tokenizer}{load}```\n"
-    return f'```python\n{imports}\n{tokenizer}model = {kind}.from_pretrained("{name}")\n```\n'
+        pad = classifier_pad(source) if reward else None
+        classes = f", num_labels=1, pad_token_id={pad}" if reward else ""
+        load = f'model = {kind}.from_pretrained("{base}"{classes})\n'
+        load += f'model = PeftModel.from_pretrained(model, "{name}")\n'
+        return f"```python\nfrom peft import PeftModel\n{imports}\n{tokenizer}{load}```"
+    return f'```python\n{imports}\n{tokenizer}model = {kind}.from_pretrained("{name}")\n```'
 
 
 def _knobs(source: Source) -> dict[str, Any]:

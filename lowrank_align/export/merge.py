@@ -118,14 +118,15 @@ def as_classifier(merged: Merged, saved: Saved, dtype: torch.dtype, pad_id: int 
     return Merged(classifier.eval(), merged.transposed)
 
 
-def save(model: Any, folder: Path, max_shard_size: str = SHARD_SIZE) -> None:
+def save(model: Any, folder: Path, max_shard_size: str = SHARD_SIZE, *, own_names: bool = False) -> None:
     """Write the weights as safetensors, in shards with an index where they are larger than `max_shard_size`.
 
+    By the names that the base's files have; with `own_names` by the model's, for a part of one that also sees.
     transformers' `config.json` and `generation_config.json` come with them; `companions` replaces both.
     """
     transformers_logging.disable_progress_bar()
     try:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not own_names)
     finally:
         transformers_logging.enable_progress_bar()
     for file in folder.glob("*.safetensors"):  # safetensors writes for the owner's eyes only

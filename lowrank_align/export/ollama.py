@@ -16,6 +16,7 @@ from lowrank_align.export.source import Source
 MODELFILE = "Modelfile"
 TEMPERATURE, TOP_P = 0.7, 0.95  # as `lowrank-align chat` has them
 DEFAULT_CONTEXT = 4096  # Ollama's own
+NAMES = {"ollama": "Ollama", "gguf": "llama.cpp"}
 # What its importer is documented to take as safetensors (docs.ollama.com/import); newer versions take more.
 IMPORTED = {
     "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Ministral3ForCausalLM", "GemmaForCausalLM",
@@ -54,17 +55,16 @@ def modelfile(source: Source, start: str = ".") -> Modelfile:
     return Modelfile("\n".join(lines) + "\n", departures)
 
 
-def import_warnings(folder: Path) -> list[str]:
-    """What may keep Ollama from importing a model folder as it should."""
+def import_warnings(folder: Path, to: str) -> list[str]:
+    """What may keep Ollama from importing a model folder, or it and llama.cpp from reading its prompts as trained."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     found = []
-    if not set(config.get("architectures") or []) & IMPORTED:
+    if to == "ollama" and not set(config.get("architectures") or []) & IMPORTED:
         names = ", ".join(config.get("architectures") or ["this architecture"])
         found.append(f"Ollama is not known to import {names} from safetensors; if it refuses, use --to gguf")
     if not (folder / "tokenizer.model").is_file() and _is_sentencepiece(folder / "tokenizer.json"):
-        found.append(
-            "Ollama reads a SentencePiece vocabulary only from tokenizer.model, which the base lacks: --to gguf"
-        )
+        what = "cannot read its vocabulary" if to == "ollama" else "may cut prompts into other tokens than in training"
+        found.append(f"the base has a SentencePiece tokenizer without its tokenizer.model: {NAMES[to]} {what}")
     return found
 
 

@@ -9,6 +9,7 @@ from lowrank_align.errors import UserError, nearest
 from lowrank_align.plan.fitting import Plan
 from lowrank_align.plan.prediction import GIB
 
+SHOWN_FROM = 0.03  # of the peak: smaller parts are left out of the line
 UNITS = {"gib": 2**30, "gb": 10**9, "g": 2**30, "mib": 2**20, "mb": 10**6, "m": 2**20, "b": 1}
 CARDS_GIB = (6, 8, 12, 16, 24, 48)  # what gaming and workstation cards have
 
@@ -33,8 +34,8 @@ def size_bytes(text: str) -> int:
 
 
 def gib(size: int) -> str:
-    """Bytes as `11.2 GiB`; small ones with the digits that matter."""
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / GIB:.2f} GiB"
+    """Bytes as `11.2 GiB`, or `480 MiB` below one."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
 
 
 def parameters_in_words(count: int) -> str:
@@ -45,12 +46,12 @@ def parameters_in_words(count: int) -> str:
 
 
 def in_one_line(plan: Plan) -> str:
-    """`plan: 9.1 GiB of 11.5 GiB (weights 5.6, ...)`, the largest parts first."""
+    """`plan: 9.1 GiB of 11.5 GiB at the peak (training: weights 3.3 GiB, ...)`, the parts that matter, largest first."""
     parts = asdict(plan.prediction.phases[plan.prediction.peak])
-    largest = sorted(parts, key=lambda name: -parts[name])[:4]
-    shown = ", ".join(f"{name.replace('_', ' ')} {parts[name] / GIB:.2f}" for name in largest if parts[name])
-    total, budget = gib(plan.prediction.total_bytes), gib(plan.budget_bytes)
-    return f"plan: {total} of {budget} at the peak ({plan.prediction.peak}: {shown})"
+    total = plan.prediction.total_bytes
+    largest = sorted((name for name in parts if parts[name] >= SHOWN_FROM * total), key=lambda name: -parts[name])
+    shown = ", ".join(f"{name.replace('_', ' ')} {gib(parts[name])}" for name in largest)
+    return f"plan: {gib(total)} of {gib(plan.budget_bytes)} at the peak ({plan.prediction.peak}: {shown})"
 
 
 def as_flags(changes: Mapping[str, Any]) -> str:

@@ -106,6 +106,6 @@ def test_words() -> None:
         as_flags({"micro_batch_size": 1, "gradient_checkpointing": True})
         == "--micro-batch-size 1 --gradient-checkpointing"
     )
-    assert (gib(3 * GIB // 2), gib(GIB // 4)) == ("1.5 GiB", "0.25 GiB")
+    assert (gib(3 * GIB // 2), gib(GIB // 4)) == ("1.5 GiB", "256 MiB")
     line = in_one_line(fit(SMALL, PPO, 48 * GIB))
     assert line.startswith("plan: ") and " of 48.0 GiB at the peak (" in line and len(line.splitlines()) == 1
