@@ -60,7 +60,7 @@ def cases(only: str = "") -> list[dict[str, Any]]:
     return found
 
 
-def measure_apart(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+def measure_apart(case: dict[str, Any], folder: Path, steps: int = STEPS) -> dict[str, Any]:
     """Train for a few steps in a forked process; bytes as planned and as measured."""
     import torch
 
@@ -74,14 +74,14 @@ def measure_apart(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure, args=(case, folder, sender))
+    child = context.Process(target=_measure, args=(case, folder, steps, sender))
     child.start()
     found: dict[str, Any] = receiver.recv()
     child.join()
     return {**case, **found}
 
 
-def _measure(case: dict[str, Any], folder: Path, sender: Any) -> None:
+def _measure(case: dict[str, Any], folder: Path, steps: int, sender: Any) -> None:
     import torch
 
     from lowrank_align import preflight
@@ -106,7 +106,7 @@ def _measure(case: dict[str, Any], folder: Path, sender: Any) -> None:
         quantize=case["quantize"],
         out=str(folder / (case["method"] if case["method"] == "reward" else case["name"])),
         overwrite=True,
-        max_steps=STEPS,
+        max_steps=steps,
         batch_size=BATCH,
         micro_batch_size=case["rows"],
         gradient_checkpointing=case["ck"],

@@ -104,9 +104,10 @@ def make_parser() -> argparse.ArgumentParser:
         default="runs/demo",
         help="folder of the demo's runs and report; its own is replaced (default: %(default)s)",
     )
-    demo.add_argument("--model", default="tiny", help="a model folder, a hub id or tiny (default: %(default)s)")
+    demo.add_argument("--model", help="a model folder, a hub id or tiny (default: the preset's, else tiny)")
+    demo.add_argument("--preset", metavar="NAME", help="settings of the methods (default: those of tiny)")
     demo.add_argument(
-        "--score", metavar="MODULE:FUNCTION", help="exact score of completions: needed with --model other than tiny"
+        "--score", metavar="MODULE:FUNCTION", help="exact score of completions: needed with another model than tiny"
     )
     demo.add_argument("--quantize", choices=("nf4", "int8", "none"), default="nf4", help="(default: %(default)s)")
     demo.add_argument("--quick", action="store_true", help="a tenth of the steps: shows the way, not the results")

@@ -56,7 +56,7 @@ def steady_heap() -> None:
 
     By default the C library learns to keep larger and larger blocks in its heap, where training's tensors leave gaps
     that the next ones do not fill: the peak is twice what is alive. Fresh pages cost a fifth to a third more time
-    (docs/log.md), so this is for runs whose tensors take much. `MALLOC_MMAP_THRESHOLD_` keeps its say.
+    (docs/log.md), so this is for runs with large tensors. `MALLOC_MMAP_THRESHOLD_` keeps its say.
     """
     if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return

@@ -14,7 +14,7 @@ from lowrank_align.data.training import Tell
 from lowrank_align.errors import EnvironmentProblem
 from lowrank_align.loading import DTYPES, pick_device, pick_dtype, read_config
 from lowrank_align.memory import free_bytes, steady_heap
-from lowrank_align.plan import STEADY_FROM_BYTES, Plan, as_flags, fit, gib, in_one_line, size_bytes, work_of
+from lowrank_align.plan import Plan, as_flags, fit, gib, has_own_pages, in_one_line, size_bytes, work_of
 from lowrank_align.skeleton import measure
 from lowrank_align.trees import TreeRow, longest_rows
 
@@ -47,6 +47,8 @@ def plan_run(settings: TrainSettings, rows: Sequence[TreeRow], base: Base | None
         layout=base.layout if base else layout,
     )
     budget = size_bytes(settings.gpu) if settings.gpu else free_bytes(device) + (base.frozen_bytes() if base else 0)
+    if work.device == "cpu" and has_own_pages(architecture, work):
+        steady_heap()
     return fit(architecture, work, budget)
 
 
@@ -61,8 +63,6 @@ def fitted(settings: S, rows: Sequence[TreeRow], base: Base | None, tell: Tell) 
         tell(f"plan: none ({error}); going on")
         return settings
     tell(in_one_line(plan))
-    if plan.asked.device == "cpu" and plan.prediction.passing_bytes >= STEADY_FROM_BYTES:
-        steady_heap()
     if plan.fits:
         return settings
     if settings.force:

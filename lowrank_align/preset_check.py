@@ -7,7 +7,7 @@ figures are those of another model makes a plan wrong, one with another end of t
 from typing import Any
 
 from lowrank_align.architecture import Architecture, UnknownFigures
-from lowrank_align.config import ModelSettings, ReadingSettings
+from lowrank_align.config import ExportSettings, ModelSettings, ReadingSettings
 from lowrank_align.data.chat import Renderer
 from lowrank_align.presets import Preset, read_preset
 from lowrank_align.skeleton import stated_figures
@@ -45,7 +45,7 @@ def preset_lines(settings: ModelSettings | ReadingSettings, renderer: Renderer, 
     return [f"preset {settings.preset}: {line}" for line in found if line]
 
 
-def from_preset(settings: ModelSettings | ReadingSettings, setting: str) -> bool:
+def from_preset(settings: ModelSettings | ReadingSettings | ExportSettings, setting: str) -> bool:
     """Whether the preset says what `settings` has, so that nobody needs to be told that it is without effect."""
     if settings.preset is None:
         return False
@@ -66,8 +66,11 @@ def other_figures(preset: Preset, model: str, config: Any) -> str | None:
     if not differing:
         return None
     shown = [f"{name} {getattr(expected, name)}, not {getattr(found, name)}" for name in differing[:SHOWN]]
-    more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
-    return f"its figures are not those of {model} ({'; '.join(shown)}{more}); `lowrank-align plan` goes by the preset's"
+    more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+    figures = f"({'; '.join(shown)}{more})"
+    if model == preset.model:
+        return f"its figures are not those of {model} {figures}; `lowrank-align plan` goes by the preset's"
+    return f"is for another model than {model} {figures}; its settings are taken all the same"
 
 
 def _differ(name: str, expected: Architecture, found: Architecture) -> bool:

@@ -156,7 +156,10 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 # ---- the command line
 
 
-COMMANDS = ["demo", "sft", "reward", "dpo", "ppo", "generate", "score", "logps", "show", "runs"]
+COMMANDS = [
+    "demo", "sft", "reward", "dpo", "ppo", "presets", "plan", "audit", "show", "generate", "chat", "score", "logps",
+    "export", "doctor", "runs",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)

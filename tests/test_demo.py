@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lowrank_align.apps.demo import demo as demo_module
+from rich.console import Console
 
 from lowrank_align.cli import main
 
@@ -45,6 +47,23 @@ def test_a_folder_that_no_demo_wrote_is_left_alone(
     assert (tmp_path / "letter.txt").read_text() == "dear"
 
 
-def test_another_model_needs_a_score(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--model", "some/model"]) == 2
-    assert "--score module:function" in capsys.readouterr().err
+@pytest.mark.parametrize(("flag", "value", "model"), [("--model", "m", "m"), ("--preset", "qwen3-4b", "Qwen/Qwen3-4B")])
+def test_another_model_needs_a_score(flag: str, value: str, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", flag, value]) == 2
+    assert f"error: demo: {model} needs --score module:function" in capsys.readouterr().err
+
+
+def test_a_presets_settings(tiny_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one those of presets/tiny.yaml, a tenth of its 40 steps; with one its own, and of steps as many."""
+    (tmp_path / "mine.yaml").write_text(
+        "model: m\nsettings: {rank: 3}\nmethods:\n  sft: {learning_rate: 0.5, max_steps: 60}\n"
+    )
+    seen: list[Any] = []
+    monkeypatch.setattr(demo_module, "train", lambda settings, **_: seen.append(settings))
+    for preset in (None, str(tmp_path / "mine.yaml")):
+        demo = demo_module.Demo(tiny_base, tmp_path, "", len, Console(), 0, 10, [], [], 4, preset)
+        demo_module._train(demo, "sft", "sft", data="d")
+    assert [(s.learning_rate, s.max_steps, s.rank, s.model) for s in seen] == [
+        (1e-3, 4, 16, tiny_base.name),
+        (0.5, 6, 3, tiny_base.name),
+    ]

@@ -1,6 +1,7 @@
 """The preset files, how they are read and listed, and what is said where a model differs from its preset."""
 
 import hashlib
+import io
 import json
 import shlex
 import subprocess
@@ -16,7 +17,7 @@ from lowrank_align.architecture import Architecture
 from lowrank_align.cli import OTHER_COMMANDS, make_parser
 from lowrank_align.config import METHODS, ChatSettings, PlanSettings, SFTSettings, resolve
 from lowrank_align.errors import UserError
-from lowrank_align.presets import header, preset_files, project_files, read_preset, read_preset_file
+from lowrank_align.presets import TAKING, header, preset_files, project_files, read_preset, read_preset_file
 
 # What a model's weights take: its linear layers at 4.127 bits, embeddings and head in bf16.
 NF4_GIB = {
@@ -398,7 +399,7 @@ def lines(own: Path, tiny_llama: Path) -> Callable[..., list[str]]:
         from lowrank_align.preset_check import from_preset, preset_lines
 
         (own / "mine.yaml").write_text(json.dumps({"model": str(tiny_llama), **preset}))
-        flags = {"preset": "mine", "data": "d", "out": "o", "chat_template": chat_template}
+        flags = {"preset": "mine", "model": str(tiny_llama), "data": "d", "out": "o", "chat_template": chat_template}
         settings = resolve(SFTSettings, flags)
         renderer = Renderer(
             read_tokenizer(settings.model)[0],
@@ -427,9 +428,13 @@ def test_another_model(lines: Any, tiny_llama: Path) -> None:
         f"preset mine: its figures are not those of {tiny_llama} (hidden_size 2560, not 64; "
         "num_hidden_layers 36, not 2); `lowrank-align plan` goes by the preset's"
     ]
+    assert lines(**preset, model="its/own") == [
+        f"preset mine: is for another model than {tiny_llama} (hidden_size 2560, not 64; "
+        "num_hidden_layers 36, not 2); its settings are taken all the same"
+    ]
     all_other = Architecture(**FIGURES | {"model_type": "qwen3", "vocab_size": 9, "head_dim": 1, "hidden_size": 1})
     (line,) = lines(architecture=all_other.model_dump())
-    assert "(model_type qwen3, not llama; hidden_size 1, not 64; head_dim 1, not 16 and 1 more)" in line
+    assert "(model_type qwen3, not llama; hidden_size 1, not 64; head_dim 1, not 16; and 1 more)" in line
 
 
 def test_other_tokens(lines: Any) -> None:
@@ -471,9 +476,57 @@ def test_training_and_showing_say_it(own: Path, tiny_llama: Path, trained: Path,
     ]
     assert "without effect" not in outcome.out + outcome.err
     assert "rank: without effect" in (two := command(*sft, "--rank", 3, "--out", tmp_path / "two")).out + two.err
-    shown = command("show", "--preset", "mine", "--model", tiny_llama, "--data", rows)
-    assert shown.code == 0
-    assert shown.out.count("preset mine: ") == 2
-    asked = command("show", "--model", tiny_llama, "--data", rows, "--thinking")
-    line = "error: --thinking: the chat template (the model's own) has no switch for it; leave it out\n"
-    assert (asked.code, asked.err) == (2, line)
+
+
+# What each command takes beside its model, its rows under {rows} and the runs under {runs}.
+TAKES = {
+    "sft": "--data {rows} --out {out}",
+    "reward": "--data {rows} --out {out}",
+    "dpo": "--data {rows} --out {out}",
+    "ppo": "--prompts {rows} --out {out} --reward {runs}/reward",
+    "show": "--data {rows}",
+    "audit": "--data {rows}",
+    "generate": "--prompts {rows} --out {out}.jsonl --max-new-tokens 2",
+    "score": "--data {rows} --out {out}.jsonl --adapter {runs}/reward",
+    "logps": "--data {rows} --out {out}.jsonl --adapter {runs}/sft",
+    "export": "--adapter {runs}/sft --out {out}",
+    "chat": "--max-new-tokens 2",
+}
+
+
+@pytest.fixture
+def with_rows(trained: Path, tiny_llama: Path, tmp_path: Path, command: Command, monkeypatch: Any) -> Command:
+    """`with_rows("score", *more)`: the command on `tiny_llama`, with everything that it takes."""
+
+    def run_it(name: str, *more: str) -> Any:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+        words = TAKES[name].format(rows=trained / "pairs.jsonl", runs=trained, out=tmp_path / "out").split()
+        quantize = ["--quantize", "none"] if "quantize" in TAKING[name].model_fields else []
+        return command(name, "--model", tiny_llama, *words, *quantize, *more)
+
+    return run_it
+
+
+def test_all_that_take_a_preset_are_tried() -> None:
+    assert TAKES.keys() | {"plan"} == TAKING.keys()
+
+
+@pytest.mark.parametrize("name", [name for name in TAKES if name not in METHODS])
+def test_every_command_says_it_once(name: str, own: Path, with_rows: Command) -> None:
+    (own / "mine.yaml").write_text("model: no/where\nthinking: true\ntokens: {end_of_turn: <x>}\n")
+    outcome = with_rows(name, "--preset", "mine")
+    assert outcome.code == 0, outcome.err
+    words = " ".join((outcome.out + outcome.err).split())
+    assert words.count("preset mine: ends turns with <x>, but the model's template with <|im_end|>") == 1
+    assert words.count("preset mine: turns thinking on, but the chat template has no switch for it; left out") == 1
+
+
+@pytest.mark.parametrize("name", TAKES)
+def test_a_switch_that_is_not_there(name: str, own: Path, with_rows: Command) -> None:
+    """Asked for by the user it is a mistake, with a preset that does not ask for it, too."""
+    (own / "mine.yaml").write_text("model: no/where\n")
+    flag = "--no-thinking" if name == "show" else "--thinking"
+    line = f"error: {flag}: the chat template (the model's own) has no switch for it; leave it out\n"
+    for more in ((), ("--preset", "mine")):
+        outcome = with_rows(name, flag, *more)
+        assert (outcome.code, outcome.err) == (2, line)

@@ -15,7 +15,7 @@ from lowrank_align.apps.demo.report import PolicyFigures, Report, print_report, 
 from rich.console import Console
 
 from lowrank_align.base import Base
-from lowrank_align.config import METHODS, resolve
+from lowrank_align.config import METHODS, PPOSettings, resolve
 from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import parse_row
 from lowrank_align.errors import UserError
@@ -49,6 +49,7 @@ class Demo:
     train_prompts: list[str]
     held_out: list[str]
     max_new_tokens: int
+    preset: str | None = None  # without one, the embedded base's settings serve every model
     figures: dict[str, PolicyFigures] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
 
@@ -60,11 +61,17 @@ class Demo:
         return [self.renderer.prompt_ids(parse_row({"prompt": text}, "demo", i)) for i, text in enumerate(texts)]
 
 
-def run_demo(out: str, model: str, score: str | None, quantize: Any, quick: bool, seed: int) -> int:
+def run_demo(
+    out: str, model: str | None, preset: str | None, score: str | None, quantize: Any, quick: bool, seed: int
+) -> int:
     """The command; 0 when done. An older demo in `out` is replaced, anything else there is a UserError."""
     console, began = Console(highlight=False), time.perf_counter()
+    settings = read_preset(preset or "tiny")
+    model = model or settings.model
     if score is None and model != "tiny":
-        raise UserError("demo: --model needs --score module:function, the exact score of answers to review prompts")
+        raise UserError(
+            f"demo: {model} needs --score module:function, the exact score of answers to review prompts; tiny has one"
+        )
     function = load_function(score or EXACT)
     folder = Path(out)
     if model == "tiny":
@@ -84,7 +91,8 @@ def run_demo(out: str, model: str, score: str | None, quantize: Any, quick: bool
         share,
         prompts(PROMPTS // share, seed=seed),
         prompts(HELD_OUT // share, seed=seed + 1_000_003),
-        int(read_preset("tiny").methods["ppo"]["max_new_tokens"]),
+        int(settings.knobs("ppo").get("max_new_tokens", PPOSettings.model_fields["max_new_tokens"].default)),
+        preset,
     )
     _sft(demo)
     pairs = _label(demo)
@@ -174,9 +182,10 @@ def _train(demo: Demo, method: str, name: str, **knobs: str) -> None:
     demo.console.rule(
         {"ppo": "PPO with the learned reward", "ppo_exact": "PPO with the exact score"}.get(name, name.upper())
     )
-    preset = dict(read_preset("tiny").methods[method])
-    if "max_steps" in preset:
-        preset["max_steps"] = max(2, preset["max_steps"] // demo.share)
+    found = read_preset(demo.preset or "tiny")
+    preset = {"preset": demo.preset} if demo.preset else dict(found.methods[method])
+    if steps := found.knobs(method).get("max_steps"):
+        preset["max_steps"] = max(2, steps // demo.share)
     settings = resolve(
         METHODS[method],
         {

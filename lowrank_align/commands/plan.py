@@ -1,6 +1,7 @@
 """`plan`: what a run would need, part by part, whether it fits into a card, and which settings would."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.table import Table
 
 from lowrank_align.architecture import Architecture
 from lowrank_align.config import METHODS, PlanSettings
-from lowrank_align.errors import EXIT_DONE, EXIT_ENVIRONMENT
+from lowrank_align.errors import EXIT_DONE, EXIT_ENVIRONMENT, UserError, nearest
 from lowrank_align.plan import (
     GIB,
     Plan,
@@ -66,12 +67,13 @@ def workload_of(settings: PlanSettings, preset: Preset | None, architecture: Arc
     completion = new_tokens or length // 2
     adapters, trained = ADAPTERS[method]
     rows = knobs.get("micro_batch_size") or 1
+    flat = architecture.needs_flat_rows or (preset is not None and preset.layout == "flat")
     return Workload(
         method=method,
         quantize=settings.quantize,
         dtype=settings.dtype,
         rank=knobs.get("rank") or 16,
-        target_modules=tuple(knobs.get("target_modules") or ()),
+        target_modules=_known_layers(knobs.get("target_modules") or (), architecture),
         micro_batch_size=rows,
         prompt_tokens=length - completion,
         completion_tokens=completion,
@@ -82,8 +84,20 @@ def workload_of(settings: PlanSettings, preset: Preset | None, architecture: Arc
         optimizer=knobs.get("optimizer") or "adamw",
         adapters=adapters,
         trained_adapters=trained,
-        layout=preset.layout if preset else ("flat" if architecture.needs_flat_rows else "tree"),
+        layout="flat" if flat else "tree",
     )
+
+
+def _known_layers(targets: Sequence[str], architecture: Architecture) -> tuple[str, ...]:
+    """The last names of the layers to adapt; UserError for one that the model has not, as training has it."""
+    known = sorted({layer.name for layer in architecture.linear_layers()})
+    names = [target.rsplit(".", 1)[-1] for target in targets]
+    for target, name in zip(targets, names, strict=True):
+        if name not in known:
+            raise UserError(
+                f"target_modules: {target}: no such linear layer{nearest(name, known)} (there are: {', '.join(known)})"
+            )
+    return tuple(names)
 
 
 def _architecture(settings: PlanSettings, preset: Preset | None) -> Architecture:
@@ -110,8 +124,9 @@ def _print(
     settings: PlanSettings, architecture: Architecture, work: Workload, found: Plan | None, console: Console
 ) -> None:
     plan_of = found or fit(architecture, work, 0)
-    name = settings.preset or settings.model
-    console.print(f"{name}, {parameters_in_words(architecture.parameters)} parameters: {work.method}", markup=False)
+    console.print(
+        f"{_name(settings)}, {parameters_in_words(architecture.parameters)} parameters: {work.method}", markup=False
+    )
     console.print(_in_words(work), markup=False)
     console.print()
     console.print(_parts_table(plan_of.prediction))
@@ -125,6 +140,14 @@ def _print(
     )
     if architecture.num_experts or architecture.needs_flat_rows:
         console.print("rough: experts and recurrent layers keep more of a pass than is counted here", markup=False)
+
+
+def _name(settings: PlanSettings) -> str:
+    """The preset's name, unless it stands beside another model."""
+    if settings.preset is None:
+        return settings.model
+    of_the_preset = settings.model == read_preset(settings.preset).model
+    return settings.preset if of_the_preset else f"{settings.model} with preset {settings.preset}"
 
 
 def _in_words(work: Workload) -> str:

@@ -1,4 +1,4 @@
-"""llama.cpp's file. No package on PyPI converts to it; llama.cpp's own `convert_hf_to_gguf.py` does, where it is."""
+"""llama.cpp's file. No library converts to it; llama.cpp's own `convert_hf_to_gguf.py` does, where it is."""
 
 import importlib.util
 import os

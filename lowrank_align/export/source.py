@@ -15,6 +15,7 @@ from lowrank_align.config import ExportSettings
 from lowrank_align.data.chat import Renderer
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.loading import DTYPES, Quantize, language_model, model_folder, read_config, read_tokenizer
+from lowrank_align.preset_check import from_preset
 from lowrank_align.provenance import read_provenance, weights_hash
 from lowrank_align.runs import read_state
 
@@ -113,15 +114,15 @@ def _renderer(settings: ExportSettings, model: str, record: dict[str, Any], run:
     """The base's tokenizer with the template and the thinking switch that the run was trained with; its context."""
     tokenizer, context = read_tokenizer(model)
     trained = record.get("config") or {}
-    thinking = settings.thinking
-    if thinking is None or (settings.preset is not None and trained.get("thinking") is not None):
+    thinking, unasked = settings.thinking, settings.thinking is None or from_preset(settings, "thinking")
+    if unasked and (thinking is None or trained.get("thinking") is not None):
         thinking = trained.get("thinking")
     renderer = Renderer(
         tokenizer,
         chat_template=settings.chat_template or trained.get("chat_template"),
         max_length=min(int(trained.get("max_length") or context), context),
         thinking=thinking,
-        thinking_if_possible=settings.preset is not None or settings.thinking is None,
+        thinking_if_possible=unasked,
     )
     if record.get("template_hash") not in (None, renderer.template_hash()) and settings.chat_template is None:
         log.warning("%s: the chat template is no longer the one that %s was trained with", model, run)

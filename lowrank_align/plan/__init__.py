@@ -8,11 +8,11 @@ from lowrank_align.plan.fitting import Plan, cards, fit
 from lowrank_align.plan.prediction import (
     GIB,
     NF4_BYTES,
-    STEADY_FROM_BYTES,
     Parts,
     Prediction,
     adapter_parameters,
     cache_bytes,
+    has_own_pages,
     predict,
 )
 from lowrank_align.plan.words import as_flags, gib, in_one_line, parameters_in_words, size_bytes
@@ -21,7 +21,6 @@ from lowrank_align.plan.workload import Workload, work_of
 __all__ = [
     "GIB",
     "NF4_BYTES",
-    "STEADY_FROM_BYTES",
     "Parts",
     "Plan",
     "Prediction",
@@ -32,6 +31,7 @@ __all__ = [
     "cards",
     "fit",
     "gib",
+    "has_own_pages",
     "in_one_line",
     "parameters_in_words",
     "predict",

@@ -24,9 +24,8 @@ GPU_CONTEXT_BYTES = int(0.5 * GIB)  # CUDA's own: context, kernels, workspaces o
 GPU_SLACK = 0.05  # of what comes and goes: the allocator's rounding and gaps
 WORKSPACE_BYTES = 32 * 2**20  # cuBLAS's, which torch counts as allocated
 CPU_OVERHEAD_BYTES = 62 * 10**6  # beside a process's tensors: code paged in, the matrix library's buffers
-STEADY_FROM_BYTES = 256 * 10**6  # from here on a run on the CPU gives its tensors pages of their own,
-OWN_PAGES_FROM_BYTES = 2**20  # those of at least this size (memory.steady_heap); the others lie in the C heap,
-HEAP_GAPS = 1.1  # whose gaps take as much again as the tensors
+OWN_PAGES_FROM_BYTES = 2**20  # on a CPU, hidden states of this size have pages of their own (memory.steady_heap);
+HEAP_GAPS = 1.35  # smaller ones lie in the C heap, whose gaps take more than the tensors
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,6 @@ class Prediction:
         return max(self.phases, key=lambda name: self.phases[name].total)
 
     @property
-    def passing_bytes(self) -> int:
-        """What comes and goes with a step."""
-        return max(parts.passing for parts in self.phases.values())
-
-    @property
     def total_bytes(self) -> int:
         return self.phases[self.peak].total
 
@@ -89,18 +83,21 @@ def predict(architecture: Architecture, work: Workload) -> Prediction:
             resident, **_rollouts(architecture, work)
         )
     allocated = max(parts.total for parts in phases.values()) + WORKSPACE_BYTES
-    passing = max(parts.passing for parts in phases.values())
     for name, parts in phases.items():
         if work.device == "gpu":
             overhead = GPU_CONTEXT_BYTES + WORKSPACE_BYTES + int(GPU_SLACK * parts.passing)
         else:
-            tensor = work.tokens * architecture.hidden_size * DTYPE_BYTES[work.dtype]
-            in_heap = passing < STEADY_FROM_BYTES or tensor < OWN_PAGES_FROM_BYTES
-            overhead = CPU_OVERHEAD_BYTES + int(HEAP_GAPS * parts.passing if in_heap else 0)
+            gaps = 0 if has_own_pages(architecture, work) else int(HEAP_GAPS * parts.passing)
+            overhead = CPU_OVERHEAD_BYTES + gaps
         phases[name] = replace(parts, overhead=overhead)
     if work.device == "cpu":
         allocated = max(parts.total for parts in phases.values())
     return Prediction(phases, allocated)
+
+
+def has_own_pages(architecture: Architecture, work: Workload) -> bool:
+    """Whether a run on the CPU has tensors that are better kept out of the C heap: its micro-batch's hidden states."""
+    return work.tokens * architecture.hidden_size * DTYPE_BYTES[work.dtype] >= OWN_PAGES_FROM_BYTES
 
 
 # ---- what stays

@@ -46,7 +46,7 @@ def parameters_in_words(count: int) -> str:
 
 
 def in_one_line(plan: Plan) -> str:
-    """`plan: 9.1 GiB of 11.5 GiB at the peak (training: weights 3.3 GiB, ...)`, the parts that matter, largest first."""
+    """`plan: 9.1 GiB of 11.5 GiB at the peak (training: weights 3.3 GiB, ...)`: the parts that matter, in order."""
     parts = asdict(plan.prediction.phases[plan.prediction.peak])
     total = plan.prediction.total_bytes
     largest = sorted((name for name in parts if parts[name] >= SHOWN_FROM * total), key=lambda name: -parts[name])

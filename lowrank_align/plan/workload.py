@@ -74,7 +74,7 @@ def work_of(
         dtype=dtype,
         device=device,
         rank=settings.rank,
-        target_modules=tuple(settings.target_modules or ()),
+        target_modules=tuple(name.rsplit(".", 1)[-1] for name in settings.target_modules or ()),
         micro_batch_size=settings.micro_batch_size,
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
