@@ -28,7 +28,8 @@ def resident_bytes() -> int:
 def free_bytes(device: torch.device) -> int:
     """What a new model could take: free on the GPU, or available in RAM."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     if device.type == "xpu":
         return int(torch.xpu.mem_get_info(device)[0])
     if device.type == "mps":

@@ -1,6 +1,7 @@
 """Whether a run fits into this machine's memory, told before anything is loaded, and the settings that would."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -14,7 +15,18 @@ from lowrank_align.data.training import Tell
 from lowrank_align.errors import EnvironmentProblem
 from lowrank_align.loading import DTYPES, pick_device, pick_dtype, read_config
 from lowrank_align.memory import free_bytes, steady_heap
-from lowrank_align.plan import Plan, as_flags, fit, gib, has_own_pages, in_one_line, size_bytes, work_of
+from lowrank_align.plan import (
+    GPU_CONTEXT_BYTES,
+    Plan,
+    Workload,
+    as_flags,
+    fit,
+    gib,
+    has_own_pages,
+    in_one_line,
+    size_bytes,
+    work_of,
+)
 from lowrank_align.skeleton import measure
 from lowrank_align.trees import TreeRow, longest_rows
 
@@ -34,8 +46,7 @@ def plan_run(settings: TrainSettings, rows: Sequence[TreeRow], base: Base | None
         rank, targets = adapters.size_of(settings.adapter)
         settings = settings.model_copy(update={"rank": rank, "target_modules": targets})
     longest = longest_rows(rows, 1)[0]
-    new_tokens = getattr(settings, "max_new_tokens", 0)
-    lengths = [len(completion.ids) for completion in longest.completions] or [new_tokens]
+    lengths = [len(completion.ids) for completion in longest.completions] or [getattr(settings, "max_new_tokens", 0)]
     layout: Literal["tree", "flat"] = "flat" if architecture.needs_flat_rows else "tree"
     work = work_of(
         settings,
@@ -46,10 +57,45 @@ def plan_run(settings: TrainSettings, rows: Sequence[TreeRow], base: Base | None
         completions=len(lengths),
         layout=base.layout if base else layout,
     )
-    budget = size_bytes(settings.gpu) if settings.gpu else free_bytes(device) + (base.frozen_bytes() if base else 0)
+    budget = size_bytes(settings.gpu) if settings.gpu else budget_of(device, base)
     if work.device == "cpu" and has_own_pages(architecture, work):
         steady_heap()
-    return fit(architecture, work, budget)
+
+    def at_length(work: Workload, max_length: int) -> Workload | None:
+        return rows_at(rows, work, max_length)
+
+    return fit(architecture, work, budget, at_length)
+
+
+def budget_of(device: torch.device, base: Base | None = None) -> int:
+    """What a run may take on the device: what is free, and what is its own already (the base, a GPU's context)."""
+    context = 0 if device.type == "cpu" else GPU_CONTEXT_BYTES  # asking what is free has made one
+    return free_bytes(device) + context + (base.frozen_bytes() if base else 0)
+
+
+def rows_at(rows: Sequence[TreeRow], work: Workload, max_length: int) -> Workload | None:
+    """The workload after `max_length` has cut completions and dropped rows whose prompt leaves no room; None: no row.
+
+    Rollouts become shorter in proportion.
+    """
+    new_tokens = work.max_new_tokens * max_length // work.max_length
+    sizes = []
+    for row in rows:
+        room = max_length - len(row.prompt_ids)
+        if room > 0 and (not work.max_new_tokens or 0 < new_tokens <= room):
+            completions = [min(len(completion.ids), room) for completion in row.completions] or [new_tokens]
+            sizes.append((len(row.prompt_ids) + sum(completions), len(row.prompt_ids), completions))
+    if not sizes:
+        return None
+    _, prompt_tokens, completions = max(sizes, key=lambda size: size[0])
+    return replace(
+        work,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=-(-sum(completions) // len(completions)),
+        completions=len(completions),
+        max_new_tokens=new_tokens,
+        max_length=max_length,
+    )
 
 
 def fitted(settings: S, rows: Sequence[TreeRow], base: Base | None, tell: Tell) -> S:
@@ -65,31 +111,44 @@ def fitted(settings: S, rows: Sequence[TreeRow], base: Base | None, tell: Tell) 
     tell(in_one_line(plan))
     if plan.fits:
         return settings
-    if settings.force:
-        tell("the plan says that this does not fit; --force goes on")
+    if settings.force or (settings.resume and settings.auto):  # a resumed run keeps what it began with
+        tell("the plan says that this does not fit; going on all the same")
         return settings
     if not settings.auto or plan.chosen is None or plan.chosen_prediction is None:
-        raise refusal(plan)
-    tell(f"--auto takes {as_flags(plan.changes)}: {gib(plan.chosen_prediction.total_bytes)}")
+        raise refusal(plan, rows)
+    tell(f"--auto takes {as_flags(plan.changes)}: {gib(plan.chosen_prediction.total_bytes)}{_lost(plan, rows)}")
     return settings.model_copy(update=plan.changes)
 
 
-def refusal(plan: Plan) -> EnvironmentProblem:
+def refusal(plan: Plan, rows: Sequence[TreeRow]) -> EnvironmentProblem:
     """One line on what is lacking and what would fit."""
-    needs = f"needs {gib(plan.prediction.total_bytes)} of {gib(plan.budget_bytes)}"
+    needs = f"needs {gib(plan.prediction.total_bytes)}, there are {gib(plan.budget_bytes)}"
     if plan.chosen is None or plan.chosen_prediction is None:
         least = f"the smallest settings need {gib(plan.least_bytes)}; take a smaller model, or go on with --force"
         return EnvironmentProblem(f"does not fit into memory: {needs}; {least}")
-    fits = f"{as_flags(plan.changes)} fits ({gib(plan.chosen_prediction.total_bytes)})"
+    fits = f"{as_flags(plan.changes)} fits ({gib(plan.chosen_prediction.total_bytes)}{_lost(plan, rows)})"
     return EnvironmentProblem(f"does not fit into memory: {needs}; {fits}: --auto takes it, --force goes on as it is")
 
 
-def as_the_run_began(settings: S, out: Path) -> S:
-    """With --resume --auto: what the run's beginning chose to fit, as its config.yaml has it."""
+def _lost(plan: Plan, rows: Sequence[TreeRow]) -> str:
+    """What a shorter length costs in rows."""
+    length = plan.changes.get("max_length")
+    if length is None:
+        return ""
+    new_tokens = max(1, plan.changes.get("max_new_tokens", plan.asked.max_new_tokens))
+    dropped = sum(len(row.prompt_ids) + new_tokens > length for row in rows)
+    return f"; drops {dropped} of {len(rows)} rows and cuts others" if dropped else "; longer rows are cut"
+
+
+def as_the_run_began(settings: S, out: Path, tell: Tell) -> S:
+    """With --resume --auto: what the run's beginning chose to fit, as its config.yaml has it; what differs is told."""
     if not (settings.resume and settings.auto and (out / "config.yaml").is_file()):
         return settings
     before = read_yaml(out / "config.yaml")
     chosen = {name: before[name] for name in PLANNED if name in before and name in type(settings).model_fields}
+    chosen = {name: value for name, value in chosen.items() if value != getattr(settings, name)}
+    if chosen:
+        tell(f"--resume --auto: {', '.join(f'{name} {value}' for name, value in chosen.items())}, as the run began")
     return settings.model_copy(update=chosen)
 
 

@@ -71,7 +71,7 @@ def train(
     out = Path(settings.out).expanduser()
     refuse_running(out)
     check_output(out, resume=settings.resume, overwrite=settings.overwrite)
-    settings = as_the_run_began(settings, out)
+    settings = as_the_run_began(settings, out, progress.note)
     finished = finished_before(settings, out)
     if finished is not None:
         progress.note(
@@ -94,6 +94,7 @@ def train(
             progress.note(line)
         fits = fitted(settings, rows.rows, base, progress.note)
         if fits.max_length < settings.max_length:
+            progress.note(f"once more, at max_length {fits.max_length}:")
             renderer, rows = _rendered(fits, tokenizer, Path(scratch), progress.note)
         settings = fits
         check_resumable(settings, out, rows.sha256)

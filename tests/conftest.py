@@ -20,6 +20,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores already
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see lowrank_align/__init__.py
 
 # Same examples in every run, and no deadline: a slow machine is no defect.
@@ -98,11 +100,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_base_folder() -> Path:
-    """The embedded base from the user's cache; pretrained first (about a minute) where it is not there."""
+def tiny_base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded base from the user's cache; pretrained first (about a minute) where it is not there.
+
+    Of several processes one does it, and the others wait.
+    """
+    from filelock import FileLock
+
     from lowrank_align.tiny import tiny_path
 
-    return tiny_path()
+    with FileLock(tmp_path_factory.getbasetemp().parent / "tiny.lock"):
+        return tiny_path()
 
 
 @pytest.fixture(scope="session")

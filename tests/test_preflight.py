@@ -15,6 +15,7 @@ from lowrank_align.config import PPOSettings, SFTSettings
 from lowrank_align.errors import EnvironmentProblem
 from lowrank_align.methods.method import Metrics
 from lowrank_align.methods.sft import SFT
+from lowrank_align.plan import Workload
 from lowrank_align.rollout import fill_cache
 from lowrank_align.trees import Completion, TreeRow, longest_rows
 
@@ -66,6 +67,37 @@ def test_an_adapter_that_is_continued_counts_with_its_own_rank(trained: Path, ti
     assert set(work.target_modules) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+def test_a_shorter_length_cuts_answers_and_drops_prompts() -> None:
+    """At 40 tokens a prompt of 60 is gone, and 10 + (30, 50) becomes 10 + (30, 30): 70 tokens."""
+    pairs = [
+        TreeRow([1] * 10, [Completion([5] * 30, [True] * 30), Completion([5] * 50, [True] * 50)]),
+        TreeRow([1] * 60, [Completion([5] * 5, [True] * 5)] * 2),
+    ]
+    work = Workload("dpo", prompt_tokens=10, completion_tokens=40, completions=2)
+    found = preflight.rows_at(pairs, work, 40)
+    assert found is not None
+    assert (found.prompt_tokens, found.completion_tokens, found.completions) == (10, 30, 2)
+    assert (found.max_length, found.tokens) == (40, 2 * 70)
+    assert preflight.rows_at(pairs, work, 10) is None
+
+
+def test_rollouts_shorten_with_the_length() -> None:
+    """Of 100 tokens 20 are the answer's, of 50 therefore 10: a prompt of 41 leaves no room, one of 40 does."""
+    prompts = [TreeRow([1] * n, []) for n in (80, 41, 40)]
+    work = Workload("ppo", prompt_tokens=80, completion_tokens=20, max_new_tokens=20)
+    found = preflight.rows_at(prompts, work, 50)
+    assert found is not None
+    assert (found.prompt_tokens, found.completion_tokens, found.max_new_tokens) == (40, 10, 10)
+
+
+def test_what_is_its_own_already_is_not_counted_as_taken(tiny_base: Any, monkeypatch: MonkeyPatch) -> None:
+    """The loaded base is in the plan and in memory; asking a GPU what is free has made the context, half a GiB."""
+    small_machine(monkeypatch, 1000)
+    assert preflight.budget_of(torch.device("cpu")) == 1000
+    assert preflight.budget_of(torch.device("cpu"), tiny_base) == 1000 + tiny_base.frozen_bytes()
+    assert preflight.budget_of(torch.device("cuda")) == 1000 + 2**29
+
+
 # ---- what a user sees
 
 
@@ -78,7 +110,7 @@ def test_every_run_prints_its_plan_in_one_line(command: Callable[..., Any], tiny
     done = command("sft", "--model", tiny_llama, "--data", data, "--out", tmp_path / "run", *FEW)
     assert done.code == 0
     (line,) = (line for line in done.out.splitlines() if line.startswith("plan: "))
-    assert " at the peak (training: " in line
+    assert line.startswith("plan: needs ") and "(training on cpu: " in line
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(
@@ -142,7 +174,7 @@ def test_auto_shortens_rows_at_last(run: Run, monkeypatch: MonkeyPatch, tmp_path
 
     monkeypatch.setattr(preflight, "fit", noted)
     run("sft", long, "whole", **knobs)
-    (architecture, work, _), _ = plans[0]
+    (architecture, work, *_), _ = plans[0]
     monkeypatch.setattr("lowrank_align.plan.fitting.SHORTEST_TOKENS", 16)
     small_machine(monkeypatch, predict(architecture, work).total_bytes - base_of(run).frozen_bytes() - 1)
     run("sft", long, "run", auto=True, **knobs)
@@ -166,7 +198,7 @@ def test_nothing_fits(run: Run, monkeypatch: MonkeyPatch, tmp_path: Path) -> Non
 
 def test_gpu_names_the_memory_to_plan_for(run: Run, tmp_path: Path) -> None:
     """With 1 MiB nothing fits, whatever the machine has."""
-    with pytest.raises(EnvironmentProblem, match=r"of 1 MiB;"):
+    with pytest.raises(EnvironmentProblem, match=r"there are 1 MiB;"):
         run("sft", ROWS, "run", gpu="1MiB")
 
 

@@ -39,22 +39,22 @@ def export(settings: ExportSettings) -> None:
         model_folder = folder.path / SCRATCH if job.to == "gguf" else folder.path
         model_folder.mkdir(exist_ok=True)
         weights = _write_model(job, model_folder, say)
-        facts = _other_formats(job, folder.path, model_folder, converter, notes, say)
+        facts, doubts = _other_formats(job, folder.path, model_folder, converter, notes, say)
         passed, report = proof.prove(job, model_folder, reference, weights, facts, say)
         if model_folder != folder.path:
             shutil.rmtree(model_folder)
         write_atomic(folder.path / PARITY, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         licence = read_preset(settings.preset).licence if settings.preset else None
-        text = card(job.source, out.name, job.to, job.dtype, report, notes, licence)
+        text = card(job.source, out.name, job.to, job.dtype, report, [*notes, *doubts], licence)
         (folder.path / CARD).write_text(text, encoding="utf-8")
         say("sealing")
         folder.mark(**_marker(job, passed))
         place = folder.publish() if passed else folder.fail()
-    for line in [*notes, *report["summary"]]:
+    for line in [*notes, *report["summary"], *doubts]:  # last what may keep the export from being of use
         print(line)
     if not passed:
         raise NumericError(f"{out}: not what was trained, so it is kept as {place.name} only; see {PARITY} in there")
-    print(f"{settings.out}: {job.to}, checked")
+    print(f"{settings.out}: {job.to}, checked" + (f"; {ollama.IN_SHORT[job.to]}: see above" if doubts else ""))
 
 
 # ---- before anything is loaded
@@ -150,9 +150,13 @@ def _write_model(job: Job, folder: Path, say: Say) -> WeightCheck | None:
 
 def _other_formats(
     job: Job, folder: Path, model: Path, converter: Path | None, notes: list[str], say: Say
-) -> dict[str, Any]:
-    """The Modelfile, and the GGUF file compared with the weights that it was made of."""
+) -> tuple[dict[str, Any], list[str]]:
+    """The Modelfile, and the GGUF file compared with the weights that it was made of.
+
+    What that comparison gave, and why the program that it is for may not read it.
+    """
     facts: dict[str, Any] = {}
+    doubts: list[str] = []
     if converter is not None:
         say("converting to GGUF")
         gguf.convert(converter, model, folder / GGUF, job.dtype)
@@ -160,8 +164,9 @@ def _other_formats(
     if job.to in ("ollama", "gguf"):
         made = ollama.modelfile(job.source, f"./{GGUF}" if converter else ".")
         (folder / ollama.MODELFILE).write_text(made.text, encoding="utf-8")
-        notes += [*made.warnings, *ollama.import_warnings(model, job.to)]
-    return facts
+        notes += made.warnings
+        doubts = ollama.import_warnings(model, job.to)
+    return facts, doubts
 
 
 def _marker(job: Job, passed: bool) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from lowrank_align.config import METHODS, PlanSettings
 from lowrank_align.errors import EXIT_DONE, EXIT_ENVIRONMENT, UserError, nearest
 from lowrank_align.plan import (
     GIB,
+    ROLLING,
     Plan,
     Prediction,
     Workload,
@@ -63,7 +64,11 @@ def workload_of(settings: PlanSettings, preset: Preset | None, architecture: Arc
     knobs |= preset.knobs(method) if preset else {}
     knobs |= {name: value for name, value in settings.model_dump().items() if value is not None}
     length = min(knobs.get("max_length") or 1024, architecture.max_position_embeddings)
-    new_tokens = min(knobs.get("max_new_tokens") or 0, length - 1) if method in ("ppo", "grpo", "chat") else 0
+    new_tokens = knobs.get("max_new_tokens") or 0 if method in ROLLING else 0
+    if new_tokens >= length:
+        if settings.max_new_tokens or settings.max_length:
+            raise UserError(f"max_new_tokens: {new_tokens} leaves no room for a prompt within max_length {length}")
+        new_tokens = length // 2
     completion = new_tokens or length // 2
     adapters, trained = ADAPTERS[method]
     rows = knobs.get("micro_batch_size") or 1
@@ -111,10 +116,12 @@ def _architecture(settings: PlanSettings, preset: Preset | None) -> Architecture
 
 
 def _this_gpu() -> int | None:
-    """The memory of this machine's GPU; None where torch finds none."""
+    """What a run may take on this machine's GPU now; None where torch finds none."""
     import torch
 
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    from lowrank_align.preflight import budget_of
+
+    return budget_of(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else None
 
 
 # ---- what is printed
@@ -128,18 +135,35 @@ def _print(
         f"{_name(settings)}, {parameters_in_words(architecture.parameters)} parameters: {work.method}", markup=False
     )
     console.print(_in_words(work), markup=False)
-    console.print()
-    console.print(_parts_table(plan_of.prediction))
-    console.print()
-    if found is not None:
-        console.print(_verdict(found), markup=False)
-        console.print()
-    console.print(_cards_table(architecture, work))
-    console.print(
-        "A display on the same card takes up to 1 GiB of it: --gpu 11GiB plans for the rest of 12.", markup=False
-    )
-    if architecture.num_experts or architecture.needs_flat_rows:
-        console.print("rough: experts and recurrent layers keep more of a pass than is counted here", markup=False)
+    for note in _notes(settings, architecture, plan_of):
+        console.print(note, markup=False)
+    _print_table(_parts_table(plan_of.prediction), console)
+    verdict = _verdict(found) if found else "No GPU here to fit into: --gpu 12GiB asks about one."
+    console.print(f"\n{verdict}", markup=False)
+    _print_table(_cards_table(architecture, work), console)
+    if found is not None and found.budget_bytes >= 4 * GIB:
+        rest = f"--gpu {found.budget_bytes // GIB - 1}GiB plans for the rest"
+        console.print(f"A display on the same card takes up to 1 GiB of it: {rest}.", markup=False)
+
+
+def _notes(settings: PlanSettings, architecture: Architecture, plan_of: Plan) -> list[str]:
+    """What is planned otherwise than somebody may think."""
+    found = []
+    if (settings.max_length or 0) > architecture.max_position_embeddings:
+        found.append(f"max_length {settings.max_length} is over the model's context; planned for its whole length")
+    if settings.method not in METHODS and settings.method != "chat":
+        found.append(f"{settings.method} is not a command yet; what is not given is taken from ppo")
+    if plan_of.rough:
+        found.append("rough: experts and recurrent layers keep more of a pass than is counted here")
+    return found
+
+
+def _print_table(table: Table, console: Console) -> None:
+    """With a blank line before, and no blanks at the ends of lines."""
+    with console.capture() as capture:
+        console.print(table)
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    console.print("\n".join(["", *lines]), markup=False, soft_wrap=True)
 
 
 def _name(settings: PlanSettings) -> str:
@@ -185,7 +209,9 @@ def _parts_table(prediction: Prediction) -> Table:
 def _verdict(found: Plan) -> str:
     budget, needed = gib(found.budget_bytes), gib(found.prediction.total_bytes)
     if found.fits:
-        return f"Fits into {budget}: {needed}, {gib(found.budget_bytes - found.prediction.total_bytes)} to spare."
+        spare = gib(found.budget_bytes - found.prediction.total_bytes)
+        tight = " Tight: a plan is good to about a tenth." if found.is_tight else ""
+        return f"Fits into {budget}: {needed}, {spare} to spare.{tight}"
     if found.chosen_prediction is None:
         least = gib(found.least_bytes)
         return f"Does not fit into {budget} ({needed}), nor with any settings ({least} at least): take a smaller model."
@@ -203,8 +229,8 @@ def _cards_table(architecture: Architecture, work: Workload) -> Table:
         if found.chosen_prediction is None:
             table.add_row(f"{size} GiB", "no", gib(found.least_bytes), "the smallest settings: take a smaller model")
         else:
-            fits = gib(found.chosen_prediction.total_bytes)
-            table.add_row(f"{size} GiB", "yes", fits, as_flags(found.changes) or "the settings above")
+            verdict, needs = "tight" if found.is_tight else "yes", gib(found.chosen_prediction.total_bytes)
+            table.add_row(f"{size} GiB", verdict, needs, as_flags(found.changes) or "the settings above")
     return table
 
 
@@ -216,8 +242,7 @@ def _as_json(settings: PlanSettings, architecture: Architecture, work: Workload,
         "workload": asdict(work),
         "prediction": _prediction_json((found or fit(architecture, work, 0)).prediction),
     }
-    if found is not None:
-        shown |= _plan_json(found)
+    shown |= _plan_json(found) if found is not None else {"budget_bytes": None, "fits": None}
     shown["cards"] = {f"{size}GiB": _plan_json(of_card) for size, of_card in cards(architecture, work).items()}
     return shown
 
@@ -236,6 +261,8 @@ def _plan_json(found: Plan) -> dict[str, Any]:
     return {
         "budget_bytes": found.budget_bytes,
         "fits": found.fits,
+        "tight": found.is_tight,
+        "rough": found.rough,
         "fits_with": None if chosen is None else found.changes,
         "fits_with_bytes": None if chosen is None else chosen.total_bytes,
     }

@@ -119,7 +119,7 @@ def _summary(
     assert found is not None and floor is not None
     what = f"base + adapter, {'unmerged in fp32' if job.is_adapter else f'rounded to {NAMES[job.dtype]}'}"
     lines = [f"{'parity' if near else 'NO PARITY'} with {what}: {found.words()}"]
-    lines.append(f"another rounding of the same weights would be as far: {floor.words()}")
+    lines.append(f"another rounding of the same weights is off by: {floor.words()}")
     if weights is not None and weights.wrong:
         lines.append(f"weights: {len(weights.wrong)} tensors are not base + adapter (first: {weights.wrong[0]})")
     elif weights is not None:
@@ -131,7 +131,7 @@ def _summary(
         lines.append(f"the scores themselves are spread by {spread:.2g} (standard deviation)")
     if effect is not None:
         lines.append(f"what the adapter changes, for comparison: {effect.words()}")
-    return [*lines, _training_in_words(job, measured["as_trained"])]
+    return [*lines, _training_in_words(job, measured["as_trained"]), *_rounding_outweighs(job, measured)]
 
 
 def _gguf_in_words(gguf: dict[str, Any]) -> str:
@@ -156,6 +156,18 @@ def _training_in_words(job: Job, trained: Distance | None) -> str:
         return "how the adapter was trained is not on record, so the distance to that is not known"
     what = "reward model" if job.is_reward else "policy"
     return f"from the {name} {what} as trained: {trained.words()} ({reason})"
+
+
+def _rounding_outweighs(job: Job, measured: dict[str, Distance | None]) -> list[str]:
+    """One sentence where leaving the 4-bit weights moved the policy farther than the adapter did (in KL)."""
+    trained, effect = measured["as_trained"], measured["adapter_effect"]
+    if job.nf4 or job.source.trained_with != "nf4" or trained is None or effect is None:
+        return []
+    if not (trained.kl_nats or 0.0) > (effect.kl_nats or 0.0):
+        return []
+    flags = "--to merged --as-trained" if job.is_adapter else "--as-trained"
+    what = "the 4-bit rounding of the base changes more than the training did"
+    return [f"{what}; {flags} exports exactly what was trained"]
 
 
 def _known(distance: Distance) -> dict[str, Any]:

@@ -1,16 +1,22 @@
 """The export's README: what it is, how to load it, how it was made, and how near it is to what was trained."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lowrank_align.adapters import WEIGHTS
+from lowrank_align.config import ADAPTERS_OWN, METHODS
+from lowrank_align.config.resolve import OF_THE_MOMENT
 from lowrank_align.export.companions import classifier_pad
-from lowrank_align.export.source import NAMES, Source
+from lowrank_align.export.source import HUB_ID, NAMES, Source
 from lowrank_align.provenance import file_sha256, for_publishing
 
 GGUF = "model.gguf"
+# Settings that name places of one machine; `quantize` and the base stand in the table above.
+_PLACES = {"model", "adapter", "out", "quantize"}
+_ROWS = {"data", "prompts", "eval_data"}
 _SHIFT = (
     "Scores are raw: subtract `shift` in `reward.json` where their zero matters. A head of a classifier has no bias.\n"
 )
@@ -24,12 +30,13 @@ def card(
     reward = source.kind == "reward"
     front: dict[str, Any] = {
         **({"license": licence.lower()} if licence else {}),
-        "base_model": base,
+        **({"base_model": source.hub_id} if source.hub_id else {}),  # the hub makes a link of it
         "library_name": "peft" if to == "adapter" else "gguf" if to == "gguf" else "transformers",
         "pipeline_tag": "text-classification" if reward else "text-generation",
-        "tags": [f"base_model:{'adapter' if to == 'adapter' else 'finetune'}:{base}", "lowrank_align"],
+        "tags": ["lowrank_align", *([method] if method else [])],
     }
-    front["tags"] += [method] if method else []
+    if source.hub_id:
+        front["tags"].insert(0, f"base_model:{'adapter' if to == 'adapter' else 'finetune'}:{source.hub_id}")
     what = "LoRA adapter for" if to == "adapter" else "LoRA adapter merged into"
     trained = f", trained with lowrank_align by `{method}`" if method else ""
     weights = f" Weights in {NAMES[dtype]}." if to != "adapter" else ""
@@ -53,7 +60,7 @@ def card(
             *(f"- {line}" for line in report.get("summary", [])),
             "",
             *_table("How it was made", {key: f"`{value}`" for key, value in made.items() if value}),
-            *_table("Training", _knobs(source)),
+            *_training(source),
         ]
     )
 
@@ -76,9 +83,33 @@ def _use(source: Source, name: str, to: str) -> str:
     return f'```python\n{imports}\n{tokenizer}model = {kind}.from_pretrained("{name}")\n```'
 
 
-def _knobs(source: Source) -> dict[str, Any]:
-    knobs = for_publishing(source.record.get("config") or {})
-    return {key: value for key, value in knobs.items() if value is not None}
+def _training(source: Source) -> list[str]:
+    """The settings that differ from the method's defaults."""
+    method, config = source.record.get("method"), source.record.get("config")
+    if not config or method not in METHODS:
+        return []
+    fields = METHODS[method].model_fields
+    unused = {*_PLACES, *OF_THE_MOMENT, *(ADAPTERS_OWN if config.get("adapter") else ())}
+    knobs = {
+        key: value
+        for key, value in config.items()
+        if key in fields and key not in unused and value not in (None, fields[key].default) and not _is_place(key, value)
+    }
+    if not knobs:
+        return [f"## Training\n\nWith the default settings of `{method}`.\n"]
+    return _table("Training: what differs from the defaults", for_publishing(knobs))
+
+
+def _is_place(key: str, value: Any) -> bool:
+    """Whether a setting's value is a file or folder: of no use to others, unlike a name, a hub id or a function's."""
+    if not isinstance(value, str):
+        return False
+    if key in _ROWS:
+        is_file = Path(value).suffix in (".jsonl", ".json", ".parquet", ".gz")
+        return is_file or not HUB_ID.fullmatch(value) or Path(value).exists()
+    if key == "reward":
+        return ":" not in value or any(mark in value for mark in "/\\")
+    return any(mark in value for mark in "/\\") or Path(value).suffix in (".yaml", ".yml", ".jinja")
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> list[str]:

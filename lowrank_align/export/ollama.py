@@ -17,6 +17,8 @@ MODELFILE = "Modelfile"
 TEMPERATURE, TOP_P = 0.7, 0.95  # as `lowrank-align chat` has them
 DEFAULT_CONTEXT = 4096  # Ollama's own
 NAMES = {"ollama": "Ollama", "gguf": "llama.cpp"}
+# What any of `import_warnings` comes to, for the last line.
+IN_SHORT = {"ollama": "Ollama may not import it", "gguf": "llama.cpp may cut prompts otherwise"}
 # What its importer is documented to take as safetensors (docs.ollama.com/import); newer versions take more.
 IMPORTED = {
     "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Ministral3ForCausalLM", "GemmaForCausalLM",

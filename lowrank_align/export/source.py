@@ -46,9 +46,14 @@ class Source:
     @property
     def public_name(self) -> str:
         """The base's hub id where it has one, else the last part of its path: what other people may read."""
+        return self.hub_id or Path(self.model).name
+
+    @property
+    def hub_id(self) -> str | None:
+        """The base's name on the hub: what has one slash and is no folder here. None where nothing looks like one."""
         named = (self.record.get("base"), self.saved.config.base_model_name_or_path, self.model)
         ids = [str(name) for name in named if name and HUB_ID.fullmatch(str(name)) and not Path(str(name)).is_dir()]
-        return ids[0] if ids else Path(self.model).name
+        return ids[0] if ids else None
 
     @property
     def renamed(self) -> dict[str, str]:

@@ -7,6 +7,7 @@ fit(read_preset("qwen3-8b").architecture, work, size_bytes("12GiB")).fits
 from lowrank_align.plan.fitting import Plan, cards, fit
 from lowrank_align.plan.prediction import (
     GIB,
+    GPU_CONTEXT_BYTES,
     NF4_BYTES,
     Parts,
     Prediction,
@@ -16,11 +17,13 @@ from lowrank_align.plan.prediction import (
     predict,
 )
 from lowrank_align.plan.words import as_flags, gib, in_one_line, parameters_in_words, size_bytes
-from lowrank_align.plan.workload import Workload, work_of
+from lowrank_align.plan.workload import ROLLING, Workload, work_of
 
 __all__ = [
     "GIB",
+    "GPU_CONTEXT_BYTES",
     "NF4_BYTES",
+    "ROLLING",
     "Parts",
     "Plan",
     "Prediction",

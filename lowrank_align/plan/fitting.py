@@ -1,6 +1,6 @@
 """Whether a workload fits into a card, and the nearest one that does."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +10,9 @@ from lowrank_align.plan.workload import ROLLING, TRAINING, Workload
 
 CARDS_GIB = (6, 8, 12, 16, 24, 48)  # what gaming and workstation cards have
 SHORTEST_TOKENS = 128  # the planner suggests no shorter length
+TIGHT = 0.05  # of the budget
+
+AtLength = Callable[[Workload, int], Workload | None]  # the workload of rows of at most so many tokens; None: no rows
 
 
 @dataclass(frozen=True)
@@ -23,22 +26,35 @@ class Plan:
     chosen_prediction: Prediction | None
     changes: dict[str, Any] = field(default_factory=dict)  # settings in which chosen differs, by their names
     least_bytes: int = 0  # the peak of the smallest workload that was tried
+    rough: bool = False  # experts or recurrent layers, which keep more of a pass than is counted
 
     @property
     def fits(self) -> bool:
         return self.prediction.total_bytes <= self.budget_bytes
 
+    @property
+    def is_tight(self) -> bool:
+        """Whether what is chosen leaves less than a twentieth: the plan itself is good to about a tenth."""
+        chosen = self.chosen_prediction
+        return chosen is not None and chosen.total_bytes > (1 - TIGHT) * self.budget_bytes
 
-def fit(architecture: Architecture, work: Workload, budget_bytes: int) -> Plan:
-    """The workload as asked where it fits, else the nearest that does: first what costs least in speed, length last."""
+
+def fit(architecture: Architecture, work: Workload, budget_bytes: int, at_length: AtLength | None = None) -> Plan:
+    """The workload as asked where it fits, else the nearest that does: first what costs least in speed, length last.
+
+    `at_length` knows what a shorter `max_length` makes of the rows that are really there; without it they are taken to
+    become shorter in prompt and completion alike.
+    """
     prediction = predict(architecture, work)
     least = prediction.total_bytes
-    for candidate in _nearest_first(work):
+    rough = bool(architecture.num_experts or architecture.needs_flat_rows)
+    for candidate in _nearest_first(work, at_length or shortened):
         found = predict(architecture, candidate)
         least = min(least, found.total_bytes)
         if found.total_bytes <= budget_bytes:
-            return Plan(work, prediction, budget_bytes, candidate, found, _changes(work, candidate), least)
-    return Plan(work, prediction, budget_bytes, None, None, {}, least)
+            changes = _changes(work, candidate)
+            return Plan(work, prediction, budget_bytes, candidate, found, changes, least, rough)
+    return Plan(work, prediction, budget_bytes, None, None, {}, least, rough)
 
 
 def cards(architecture: Architecture, work: Workload) -> dict[int, Plan]:
@@ -46,7 +62,7 @@ def cards(architecture: Architecture, work: Workload) -> dict[int, Plan]:
     return {gib: fit(architecture, work, gib * GIB) for gib in CARDS_GIB}
 
 
-def _nearest_first(work: Workload) -> Iterator[Workload]:
+def _nearest_first(work: Workload, at_length: AtLength) -> Iterator[Workload]:
     """Ever smaller workloads: rollouts at once, rows at once, recomputation, 8-bit states, and shorter rows at last."""
     yield work
     training = work.method in TRAINING
@@ -58,11 +74,14 @@ def _nearest_first(work: Workload) -> Iterator[Workload]:
     if training and work.device == "gpu" and work.optimizer == "adamw":
         steps += [(True, "adamw_8bit")]
     for length in lengths:
+        rows_there = work if length == work.max_length else at_length(work, length)
+        if rows_there is None:
+            return
         for checkpointing, optimizer in steps:
             for rows in _halved(work.micro_batch_size):
                 for rollouts in _halved(work.rollout_batch_size) if work.method in ROLLING else [1]:
                     yield replace(
-                        shortened(work, length), micro_batch_size=rows, gradient_checkpointing=checkpointing,
+                        rows_there, micro_batch_size=rows, gradient_checkpointing=checkpointing,
                         optimizer=optimizer, rollout_batch_size=rollouts,
                     )  # fmt: skip
 
@@ -78,6 +97,7 @@ def shortened(work: Workload, max_length: int) -> Workload:
         completion_tokens=completion,
         prompt_tokens=max(1, max_length - completion),
         max_new_tokens=min(work.max_new_tokens, completion) if work.max_new_tokens else 0,
+        max_length=max_length,
     )
 
 

@@ -31,16 +31,17 @@ class Workload:
     adapters: int = 1  # all that lie in memory, frozen ones too
     trained_adapters: int = 1
     layout: Literal["tree", "flat"] = "tree"
+    max_length: int = 0  # what rows are cut to; 0: the longest row as it is
 
-    @property
-    def max_length(self) -> int:
-        return self.prompt_tokens + self.completion_tokens
+    def __post_init__(self) -> None:
+        if not self.max_length:
+            object.__setattr__(self, "max_length", self.prompt_tokens + self.completion_tokens)
 
     @property
     def tokens(self) -> int:
         """Of a micro-batch, padding included."""
         if self.layout == "flat":
-            return self.micro_batch_size * self.completions * self.max_length
+            return self.micro_batch_size * self.completions * (self.prompt_tokens + self.completion_tokens)
         return self.micro_batch_size * (self.prompt_tokens + self.completions * self.completion_tokens)
 
     @property

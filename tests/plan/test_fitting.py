@@ -90,7 +90,7 @@ def test_sizes(text: str, size: int) -> None:
     assert size_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "twelve", "12GiBs", "12 GiB free", "0GiB", "-4GiB", "1e3", "NaN", "12TB of it"])
+@pytest.mark.parametrize("text", ["", "twelve", "12GiBs", "12 GiB free", "-4GiB", "1e3", "NaN", "12TB of it"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UserError, match="is no size of memory"):
         size_bytes(text)
@@ -108,4 +108,27 @@ def test_words() -> None:
     )
     assert (gib(3 * GIB // 2), gib(GIB // 4)) == ("1.5 GiB", "256 MiB")
     line = in_one_line(fit(SMALL, PPO, 48 * GIB))
-    assert line.startswith("plan: ") and " of 48.0 GiB at the peak (" in line and len(line.splitlines()) == 1
+    assert line.startswith("plan: needs 10.") and ", 48.0 GiB there (training on gpu: " in line
+    assert len(line.splitlines()) == 1
+
+
+def test_no_memory_at_all() -> None:
+    with pytest.raises(UserError, match="'0GiB' is no memory at all"):
+        size_bytes("0GiB")
+
+
+def test_less_than_a_twentieth_to_spare_is_tight() -> None:
+    needed = predict(SMALL, PPO).total_bytes
+    assert [fit(SMALL, PPO, int(needed * share)).is_tight for share in (1.0, 1.04, 1.06)] == [True, True, False]
+
+
+def test_a_shorter_length_is_what_the_rows_make_of_it() -> None:
+    """`at_length` is asked for halves; where it knows of no rows that are left, nothing shorter is tried."""
+    asked: list[int] = []
+
+    def at_length(work: Workload, max_length: int) -> Workload | None:
+        asked.append(max_length)
+        return replace(work, prompt_tokens=1, completion_tokens=9) if max_length > 300 else None
+
+    found = fit(SMALL, PPO, GIB, at_length)
+    assert (asked, found.chosen) == ([512, 256], None)
