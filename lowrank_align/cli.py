@@ -9,14 +9,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from lowrank_align import __version__
 from lowrank_align.config import COMMANDS as OTHER_COMMANDS
 from lowrank_align.config import METHODS, Settings, resolve
+from lowrank_align.config.knobs import kinds
 from lowrank_align.errors import (
     EXIT_DATA_OR_CONFIG,
     EXIT_DONE,
@@ -189,15 +189,15 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, info: FieldInfo) -> No
     ]
     description = " ".join((info.description or "").split()).replace("%", "%%")
     options: dict[str, Any] = {"default": None, "dest": name, "help": description + _shown_default(info)}
-    kinds = _kinds(info.annotation)
-    if bool in kinds:
+    types = kinds(info.annotation)
+    if bool in types:
         options["action"] = argparse.BooleanOptionalAction
-    elif list in kinds:
+    elif list in types:
         options |= {"nargs": "+", "metavar": "NAME"}
     else:
-        choices = [value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
+        choices = [value for kind in types if get_origin(kind) is Literal for value in get_args(kind)]
         numbers = {int: "N", float: "X"}
-        metavar = "|".join(choices) or next((numbers[kind] for kind in kinds if kind in numbers), name.upper())
+        metavar = "|".join(choices) or next((numbers[kind] for kind in types if kind in numbers), name.upper())
         options["metavar"] = metavar
     parser.add_argument(*flags, **options)
 
@@ -210,16 +210,6 @@ def _shown_default(info: FieldInfo) -> str:
     if isinstance(shown, bool):
         shown = "yes" if shown else "no"
     return f" (default: {shown})"
-
-
-def _kinds(annotation: Any) -> list[Any]:
-    """The plain types in an annotation: `int | None` -> [int], `list[str]` -> [list]."""
-    origin = get_origin(annotation)
-    if origin in (Union, UnionType):
-        return [kind for part in get_args(annotation) if part is not NoneType for kind in _kinds(part)]
-    if hasattr(annotation, "__metadata__"):
-        return _kinds(get_args(annotation)[0])
-    return [annotation if origin is None or origin is Literal else origin]
 
 
 def _print_anything() -> None:

@@ -1,6 +1,7 @@
 """Bring one causal language model and its tokenizer into memory: quantised, frozen, dropout off, checked."""
 
 import logging
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
 )
+from transformers import __version__ as transformers_version
 from transformers import logging as transformers_logging
 
 from lowrank_align import hub
@@ -102,7 +104,7 @@ def read_config(name: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # what a damaged file raises in the library is anything
-        raise UserError(f"{name}: config.json cannot be used: {_first_line(error)}") from error
+        raise UserError(f"{name}: config.json cannot be used: {_why(error)}") from error
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
@@ -297,5 +299,17 @@ def _neighbour(path: Path) -> str:
     return f" (did you mean {parent / close[0]}?)" if close else ""
 
 
+def _why(error: Exception) -> str:
+    """Transformers answers an unknown family with two paragraphs on upgrading."""
+    unknown = re.search(r"has model type `([^`\s]+)` but", str(error))
+    return (
+        f"model_type {unknown[1]} is not known to transformers {transformers_version}"
+        if unknown
+        else _first_line(error)
+    )
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """With the next one where it ends with a colon and says nothing by itself."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[:2]) if lines[0].endswith(":") else lines[0]

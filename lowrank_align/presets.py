@@ -8,14 +8,16 @@ whenever the model is loaded. No torch here.
 
 import os
 import sys
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from lowrank_align.architecture import Architecture
 from lowrank_align.config.commands import COMMANDS
-from lowrank_align.config.knobs import Settings
+from lowrank_align.config.knobs import Settings, kinds
 from lowrank_align.config.training import METHODS
 from lowrank_align.config.yaml_files import first_problem, read_yaml
 from lowrank_align.errors import UserError, nearest
@@ -23,13 +25,15 @@ from lowrank_align.errors import UserError, nearest
 HERE = Path(__file__).parent
 OWN_FOLDER = "LOWRANK_ALIGN_PRESETS"
 LIMIT_BYTES = 100_000
+MOST_NAMES = 6  # in one line of an error
 
-# What takes a preset, and what of its settings is never a preset's to say: it names no files of the user's, nor code
-# (a reward can be a Python function), and replaces no run.
+# What takes a preset. A preset comes from other people: it sets numbers and choices, and no text that could name a file,
+# code (a reward can be a Python function), a device or a tracker that sends figures out; nor does it manage the run.
 TAKING: dict[str, type[Settings]] = METHODS | {
     name: settings for name, settings in COMMANDS.items() if "preset" in settings.model_fields
 }
-NOT_SETTINGS = {"data", "eval_data", "prompts", "reward", "adapter", "out", "overwrite", "resume", "force", "preset"}
+ALSO_SET = {"gradient_checkpointing", "target_modules"}
+OF_THE_RUN = {"method", "to", "rows", "seed", "eval_rows", "log_steps", "save_steps", "keep_checkpoints"}
 LINES_OF_THEIR_OWN = ("model", "thinking")
 
 Checkable = Literal["licence", "gated", "architecture", "tokens", "template"]
@@ -150,7 +154,14 @@ def read_preset(name: str) -> Preset:
         return read_preset_file(Path(name).expanduser())
     known = name.rsplit("/", 1)[-1].lower()  # a hub id is an honest mistake
     close = nearest(known, files) if known not in files else f" (did you mean {known}?)"
+    close = close or _alike(known, files)
     raise UserError(f"preset {name}: there is none of that name{close}; `lowrank-align presets` lists them")
+
+
+def _alike(known: str, files: Iterable[str]) -> str:
+    """`llama` is near no name, but a part of some."""
+    found = sorted((name for name in files if known in name), key=lambda name: not name.startswith(known))
+    return f" (there are {', '.join(found[:MOST_NAMES])})" if found else ""
 
 
 def read_preset_file(file: Path) -> Preset:
@@ -160,6 +171,8 @@ def read_preset_file(file: Path) -> Preset:
     content = read_yaml(file)
     if not content:
         raise UserError(f"{file}: empty; a preset names at least a model")
+    if problem := _control(content):
+        raise UserError(f"{file}: {problem}")
     try:
         preset = Preset.model_validate(content)
     except ValidationError as error:
@@ -184,8 +197,32 @@ def _refuse_unknown(place: str, values: dict[str, Any], known: Any, problem: str
             raise ValueError(f"{place}.{key}: belongs on a line of its own, `{key}: ...`")
         if key not in known:
             raise ValueError(f"{place}.{key}: {problem}{nearest(key, known)}")
-        if key in NOT_SETTINGS:
+        if not _may_set(key):
             raise ValueError(f"{place}.{key}: is said on the command line, not in a preset")
+
+
+def _may_set(key: str) -> bool:
+    """Whether it is a number or one of a few choices wherever it is a setting, and about the model, not the run."""
+    if key in OF_THE_RUN or key in ALSO_SET:
+        return key in ALSO_SET
+    fields = [settings.model_fields[key] for settings in TAKING.values() if key in settings.model_fields]
+    return all(
+        kind in (int, float) or get_origin(kind) is Literal for info in fields for kind in kinds(info.annotation)
+    )
+
+
+def _control(value: Any, place: str = "") -> str | None:
+    """Where a text has a character that a terminal would obey, with its number; notes may have several lines."""
+    if isinstance(value, dict):
+        parts = [(key, "") for key in value] + [(item, f"{place}.{key}".lstrip(".")) for key, item in value.items()]
+    elif isinstance(value, list):
+        parts = [(item, f"{place}.{index}") for index, item in enumerate(value)]
+    else:
+        allowed = "\n\t" if place.startswith("notes.") else ""
+        text = value if isinstance(value, str) else ""
+        bad = next((c for c in text if unicodedata.category(c) in ("Cc", "Zl", "Zp") and c not in allowed), None)
+        return f"{place or 'a key'}: has a control character (U+{ord(bad):04X})" if bad else None
+    return next((found for item, at in parts if (found := _control(item, at))), None)
 
 
 def _try_out(command: str, settings: type[Settings], common: dict[str, Any], own: dict[str, Any]) -> None:

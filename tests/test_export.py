@@ -56,7 +56,9 @@ def test_merged_writes_what_base_and_adapter_write(
     for file in ("README.md", "export.json", "parity.json", "config.json"):
         assert str(trained) not in (text := (out / file).read_text()) and str(tiny_llama) not in text
     front = yaml.safe_load((out / "README.md").read_text().split("---")[1])
-    assert (front["base_model"], front["library_name"]) == ("tiny_llama", "transformers") and "sft" in front["tags"]
+    assert "base_model" not in front and front["library_name"] == "transformers"  # this base has a folder only
+    assert front["tags"] == ["lowrank_align", "sft"]
+    assert "merged into `tiny_llama`" in (out / "README.md").read_text()
     marker = json.loads((out / "export.json").read_text())
     assert (marker["state"], marker["dtype"], marker["base"]) == ("passed", "fp32", "tiny_llama")
     assert {"model.safetensors", "tokenizer.json", "README.md"} <= marker["files"].keys()
@@ -137,7 +139,11 @@ def test_as_trained(command: Callable[..., Any], trained: Path, tiny_llama: Path
     near, far = parity(tmp_path / "as"), parity(tmp_path / "own")
     assert near["as_trained"]["kl_nats"] < 16 * near["another_rounding"]["kl_nats"] + 1e-5
     assert far["as_trained"]["kl_nats"] > 30 * near["as_trained"]["kl_nats"]
-    assert "so this is rounding" in near["summary"][-1] and "--as-trained merges into those" in far["summary"][-1]
+    assert "so this is rounding" in near["summary"][-1] and "--as-trained merges into those" in far["summary"][-2]
+    assert far["as_trained"]["kl_nats"] > far["adapter_effect"]["kl_nats"]  # one step changes little
+    assert far["summary"][-1].startswith(
+        "the 4-bit rounding of the base changes more than the training did; --as-trained "
+    )
     assert load_file(tmp_path / "own/model.safetensors")["lm_head.weight"].dtype == torch.float16
 
 
@@ -192,6 +198,36 @@ def test_an_older_export_is_replaced(export: Callable[..., Any], tmp_path: Path)
     lines = (tmp_path / "out/Modelfile").read_text().splitlines()
     assert "FROM ." in lines and 'PARAMETER stop "<|im_end|>"' in lines and f"PARAMETER num_ctx {CONTEXT}" in lines
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_doubt_is_the_last_thing_said(
+    command: Callable[..., Any], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vocabulary with bytes to fall back on is SentencePiece's, and no `tokenizer.model` is there. Exit code 0: the
+    files are what was trained."""
+    from lowrank_align.base import Base
+
+    base_folder = tmp_path / "base"
+    shutil.copytree(tiny_llama, base_folder)
+    tokenizer = json.loads((base_folder / "tokenizer.json").read_text())
+    tokenizer["model"]["byte_fallback"] = True
+    (base_folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    base = Base.load(str(base_folder), quantize="none", device="cpu")
+    base.add_role("policy", rank=1)
+    base.save_role("policy", tmp_path / "adapter")
+    (tmp_path / SCRIPT).write_text("import sys\nfrom pathlib import Path\nPath(sys.argv[3]).write_text('GGUF')\n")
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    doubt = "the base has a SentencePiece tokenizer without its tokenizer.model: "
+    cases = {
+        "ollama": ("Ollama cannot read its vocabulary", "Ollama may not import it"),
+        "gguf": ("llama.cpp may cut prompts into other tokens than in training", "llama.cpp may cut prompts otherwise"),
+    }
+    for to, (told, short) in cases.items():
+        out = tmp_path / to
+        outcome = command("export", "--adapter", tmp_path / "adapter", "--out", out, "--device", "cpu", "--to", to)
+        assert outcome.code == 0, outcome.err
+        assert outcome.out.splitlines()[-2:] == [doubt + told, f"{out}: {to}, checked; {short}: see above"]
+        assert f"- {doubt}{told}" in (out / "README.md").read_text()
 
 
 def test_gguf_with_a_stand_in_for_the_converter(

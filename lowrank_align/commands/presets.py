@@ -78,9 +78,10 @@ def _list(found: list[Preset], broken: Mapping[Path, str], console: Console) -> 
     for preset in sorted(found, key=_by_size):
         figures = preset.architecture
         sizes = (_count(figures.parameters), f"{nf4_bytes(figures) / GIB:.2f}") if figures else ("?", "?")
+        mark = "*" if figures and figures.num_experts else " "
         name = f"{preset.name}{_whose(preset, ours)}"
-        say(f"{name:<{LEFT}}{sizes[0]:>7}{sizes[1]:>9}  {_short(preset.licence):<10} {_access(preset)}")
-        doubtful = " ".join(f"{what}?" for what in preset.unverified)
+        say(f"{name:<{LEFT}}{sizes[0]:>7}{sizes[1]:>9}{mark} {_short(preset.licence):<10} {_access(preset)}")
+        doubtful = " ".join(f"{what}?" for what in preset.unverified if what != "gated")  # the column says it
         say(f"  {preset.model:<{LEFT - 2}}  {doubtful}".rstrip())
     if broken:
         say("")
@@ -89,7 +90,9 @@ def _list(found: list[Preset], broken: Mapping[Path, str], console: Console) -> 
     own = own_folder()
     say(f"\n{len(found)} presets. `lowrank-align presets NAME` shows one, --preset NAME takes it.")
     for names, truth in _unverified(get_args(Checkable)):
-        say(f"{names.replace(',', '?,')}?: {truth}.")
+        say(f"{names.replace('gated', 'open, gated').replace(',', '?,')}?: {truth}.")
+    if any(preset.architecture and preset.architecture.num_experts for preset in found):
+        say("*: experts, which no quantisation packs: they stay in 16 bits.")
     say(f"Your own are read from {own}{'' if own.is_dir() else ' (not there yet)'}")
 
 
@@ -106,9 +109,9 @@ def _whose(preset: Preset, ours: Mapping[str, Path]) -> str:
 
 
 def _access(preset: Preset) -> str:
-    if preset.gated is None or "gated" in preset.unverified:
-        return "gated?"
-    return "gated" if preset.gated else "open"
+    if preset.gated is None:
+        return "?"
+    return ("gated" if preset.gated else "open") + "?" * ("gated" in preset.unverified)
 
 
 def _short(licence: str | None) -> str:

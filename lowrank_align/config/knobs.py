@@ -1,6 +1,7 @@
 """What every group of settings is made of: the types of the knobs, the model, and where its rows come from."""
 
-from typing import Annotated, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -45,3 +46,13 @@ class ModelSettings(Settings):
     """Longest prompt + completion in tokens (at most the model's context); longer completions are cut."""
     seed: Seed = 0
     """Seeds the order of rows, new adapters, rollouts and samples."""
+
+
+def kinds(annotation: Any) -> list[Any]:
+    """The plain types in a knob's annotation: `int | None` -> [int], `list[str]` -> [list]; a Literal stays whole."""
+    origin = get_origin(annotation)
+    if origin in (Union, UnionType):
+        return [kind for part in get_args(annotation) if part is not NoneType for kind in kinds(part)]
+    if hasattr(annotation, "__metadata__"):
+        return kinds(get_args(annotation)[0])
+    return [annotation if origin is None or origin is Literal else origin]

@@ -1,5 +1,6 @@
 """YAML files that a user may have written: safe loading, with a cap on their size and one line for what is wrong."""
 
+import re
 from pathlib import Path
 from reprlib import Repr
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from lowrank_align.errors import UserError
+from lowrank_align.errors import UserError, nearest
 
 YAML_LIMIT_BYTES = 1_000_000
 
@@ -20,7 +21,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """A mapping of settings from a YAML file. UserError where it cannot be read or holds anything else."""
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"{path}: no such configuration file")
+        raise UserError(f"{path}: {_no_file(file)}")
     if file.stat().st_size > YAML_LIMIT_BYTES:
         raise UserError(f"{path}: over {YAML_LIMIT_BYTES // 1_000_000} MB; a configuration is a few lines")
     try:
@@ -51,12 +52,23 @@ class _Plain(yaml.SafeLoader):
 
 
 def first_problem(error: ValidationError) -> tuple[str, str]:
-    """Where the first thing is that pydantic refuses (`methods.sft`), and what is wrong with it."""
+    """Where the first thing is that pydantic refuses (`methods.sft`), and what is wrong with it, with the nearest of a few choices."""
     first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")
     place = ".".join(str(part) for part in first["loc"])
     got = "" if first["type"] in ("missing", "value_error") or not place else f" (got {_short.repr(first['input'])})"
-    return place, message[:1].lower() + message[1:] + got
+    close = ""
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        close = nearest(first["input"].lower(), re.findall(r"'([^']*)'", first["ctx"]["expected"]))
+    return place, message[:1].lower() + message[1:] + got + close
+
+
+def _no_file(file: Path) -> str:
+    if file.is_dir():
+        return "is a folder, not a configuration file"
+    if file.is_symlink() and not file.exists():
+        return f"is a link to {file.readlink()}, which is not there"
+    return "is no regular file" if file.exists() else "no such configuration file"
 
 
 def _reason(error: Exception) -> str:

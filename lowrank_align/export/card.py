@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from lowrank_align.adapters import WEIGHTS
-from lowrank_align.config import ADAPTERS_OWN, METHODS
+from lowrank_align.config import METHODS
 from lowrank_align.config.resolve import OF_THE_MOMENT
 from lowrank_align.export.companions import classifier_pad
 from lowrank_align.export.source import HUB_ID, NAMES, Source
@@ -89,11 +89,14 @@ def _training(source: Source) -> list[str]:
     if not config or method not in METHODS:
         return []
     fields = METHODS[method].model_fields
-    unused = {*_PLACES, *OF_THE_MOMENT, *(ADAPTERS_OWN if config.get("adapter") else ())}
+    unused = _PLACES | OF_THE_MOMENT
     knobs = {
         key: value
         for key, value in config.items()
-        if key in fields and key not in unused and value not in (None, fields[key].default) and not _is_place(key, value)
+        if key in fields
+        and key not in unused
+        and value not in (None, fields[key].default)
+        and not _is_place(key, value)
     }
     if not knobs:
         return [f"## Training\n\nWith the default settings of `{method}`.\n"]
