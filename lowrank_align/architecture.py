@@ -155,9 +155,7 @@ def figures_of(config: Mapping[str, Any], name: str) -> Architecture:
         what = ".".join(map(str, first["loc"])) or first["msg"].removeprefix("Value error, ")
     except (ArithmeticError, AttributeError, TypeError, ValueError):  # text for a number, a number for a list
         what = "a value of another kind than a decoder's"
-    raise UnknownFigures(
-        f"{name}: its config.json has figures that cannot be ({what}), so its memory cannot be planned"
-    )
+    raise UnknownFigures(f"{name}: its config.json has impossible figures ({what}), so its memory cannot be planned")
 
 
 def _read(config: Mapping[str, Any], name: str) -> Architecture:

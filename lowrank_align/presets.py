@@ -27,8 +27,8 @@ OWN_FOLDER = "LOWRANK_ALIGN_PRESETS"
 LIMIT_BYTES = 100_000
 MOST_NAMES = 6  # in one line of an error
 
-# What takes a preset. A preset comes from other people: it sets numbers and choices, and no text that could name a file,
-# code (a reward can be a Python function), a device or a tracker that sends figures out; nor does it manage the run.
+# What takes a preset. One may come from other people: it sets numbers and choices, no text that could name a file,
+# code (a reward can be a Python function), a device or a tracker that sends figures out, and does not manage the run.
 TAKING: dict[str, type[Settings]] = METHODS | {
     name: settings for name, settings in COMMANDS.items() if "preset" in settings.model_fields
 }

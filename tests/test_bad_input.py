@@ -626,7 +626,7 @@ MODELS: dict[str, tuple[Change, str]] = {
     "config empty": (written("config.json", "{}"), "model: config.json cannot be used: Unrecognized model in "),
     "unknown architecture": (
         changed("config.json", model_type="nosuch"),
-        "model: config.json cannot be used: The checkpoint you are trying to load has model type `nosuch` but ",
+        "model: config.json cannot be used: model_type nosuch is not known to transformers ",
     ),
     "needs code of its own": (
         changed("config.json", model_type="nosuch", auto_map={"AutoConfig": "code.Config"}),

@@ -90,6 +90,16 @@ def test_defaults_are_valid(method: str) -> None:
         (SFTSettings, {"warmup_ratio": 1.5}, "warmup_ratio: input should be less than or equal to 1 (got 1.5)"),
         (SFTSettings, {"lora_dropout": 1.0}, "lora_dropout: input should be less than 1 (got 1.0)"),
         (SFTSettings, {"quantize": "nf5"}, "quantize: input should be 'nf4', 'int8' or 'none' (got 'nf5')"),
+        (
+            SFTSettings,
+            {"quantize": "NF"},
+            "quantize: input should be 'nf4', 'int8' or 'none' (got 'NF') (did you mean nf4?)",
+        ),
+        (
+            SFTSettings,
+            {"lr_schedule": "cosin"},
+            "lr_schedule: input should be 'linear', 'cosine' or 'constant' (got 'cosin') (d",
+        ),
         (SFTSettings, {"train_on": ["all"]}, "train_on: input should be 'all' or 'last'"),
         (SFTSettings, {"model": 3}, "model: input should be a valid string (got 3)"),
         (SFTSettings, {"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
@@ -151,6 +161,14 @@ def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     assert refusal(SFTSettings, NEEDED, tmp_path / "c.yaml") == f"{tmp_path / 'c.yaml'}: no such configuration file"
+
+
+def test_what_is_no_file_is_named_for_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "link.yaml").symlink_to("gone.yaml")
+    folder, link = tmp_path / "folder.yaml", tmp_path / "link.yaml"
+    assert refusal(SFTSettings, NEEDED, folder) == f"{folder}: is a folder, not a configuration file"
+    assert refusal(SFTSettings, NEEDED, link) == f"{link}: is a link to gone.yaml, which is not there"
 
 
 # ---- the command line

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -234,6 +235,26 @@ def test_a_configuration_that_cannot_be_used(folder: Path, content: str) -> None
     assert refused(folder).startswith(f"{folder}: config.json cannot be used: ")
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (
+            {"model_type": "nobody_knows"},
+            f"model_type nobody_knows is not known to transformers {transformers.__version__}",
+        ),
+        (
+            {"model_type": "llama", "intermediate_size": "x"},
+            "Validation error for field 'intermediate_size': "
+            "TypeError: Field 'intermediate_size' expected int, got str (value: 'x')",
+        ),
+    ],
+    ids=["family", "field"],
+)
+def test_the_reason_is_in_the_one_line(folder: Path, content: dict[str, Any], why: str) -> None:
+    (folder / "config.json").write_text(json.dumps(content))
+    assert refused(folder) == f"{folder}: config.json cannot be used: {why}"
+
+
 def test_a_model_without_a_tokenizer(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
@@ -278,5 +299,4 @@ def test_the_first_making_of_tiny_is_shown(
 
 def test_a_model_that_does_not_speak(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "vit"}')
-    line = refused(folder)
-    assert line.startswith(f"{folder}: cannot be loaded as a causal language model: ")
+    assert refused(folder) == f"{folder}: a vit is no causal language model; give one as --model"

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from lowrank_align.architecture import Architecture
+from lowrank_align.architecture import Architecture, UnknownFigures, figures_of
 from lowrank_align.cli import OTHER_COMMANDS, make_parser
 from lowrank_align.config import METHODS, ChatSettings, PlanSettings, SFTSettings, resolve
 from lowrank_align.errors import UserError
-from lowrank_align.presets import TAKING, header, preset_files, project_files, read_preset, read_preset_file
+from lowrank_align.presets import TAKING, _may_set, header, preset_files, project_files, read_preset, read_preset_file
 
 # What a model's weights take: its linear layers at 4.127 bits, embeddings and head in bf16.
 NF4_GIB = {
@@ -263,10 +263,166 @@ def test_files_that_are_no_text_of_settings(content: bytes, problem: str, own: P
     assert problem in str(caught.value)
 
 
-def test_unusable_texts_in_a_preset(own: Path) -> None:
-    (own / "bad.yaml").write_text('model: x\nsettings: {chat_template: "a\\0b"}\n')
-    with pytest.raises(UserError, match="chat_template: contains a NUL character"):
-        resolve(SFTSettings, {"preset": "bad", "data": "d", "out": "o"})
+@pytest.mark.parametrize(
+    ("text", "place", "number"),
+    [
+        ('model: x\nnotes: [fine, "a\\e[31mred"]', "notes.1", "001B"),
+        ('model: x\nlicence: "MIT\\x9b2J"', "licence", "009B"),
+        ('model: "x\\n\\ny"', "model", "000A"),
+        ('model: x\nsettings: {target_modules: ["a\\0b"]}', "settings.target_modules.0", "0000"),
+        ('model: x\n"\\e[2J": 1', "a key", "001B"),
+        ('model: x\nsettings: {"ra\\enk": 8}', "a key", "001B"),
+    ],
+)
+def test_a_terminal_is_told_nothing(text: str, place: str, number: str, own: Path, command: Command) -> None:
+    """Characters that it would obey are refused, and not printed in the refusal."""
+    (own / "bad.yaml").write_text(text + "\n")
+    said = f"{own / 'bad.yaml'}: {place}: has a control character (U+{number})\n"
+    outcome = command("presets", "bad")
+    assert (outcome.code, outcome.out, outcome.err) == (2, "", f"error: {said}")
+    assert f"not usable: {said}" in command("presets").out
+
+
+def test_a_note_of_several_lines(own: Path) -> None:
+    (own / "mine.yaml").write_text("model: x\nnotes:\n  - |\n    One.\n    Two.\n")
+    assert read_preset("mine").notes == ["One.\nTwo.\n"]
+
+
+NEVER = [
+    "data",
+    "eval_data",
+    "prompts",
+    "reward",
+    "adapter",
+    "out",
+    "preset",
+    "chat_template",
+    "system",
+    "report_to",
+    "gpu",
+    "device",
+    "to",
+    "method",
+    "overwrite",
+    "resume",
+    "auto",
+    "force",
+    "skip_bad",
+    "as_json",
+    "as_trained",
+    "shifted",
+    "seed",
+    "save_steps",
+    "keep_checkpoints",
+]
+ALWAYS = (
+    "rank alpha learning_rate epochs max_length quantize attention lr_schedule gradient_checkpointing target_modules"
+)
+ALWAYS += " optimizer dtype batch_size beta loss temperature"
+
+
+@pytest.mark.parametrize("place", ["settings", "methods"])
+@pytest.mark.parametrize("key", NEVER)
+def test_what_a_preset_never_sets(key: str, place: str, own: Path) -> None:
+    """No file, code, device or tracker, and nothing about the run; whichever command has the setting."""
+    takers = [name for name, settings in TAKING.items() if key in settings.model_fields]
+    assert takers
+    for taker in takers:
+        values = {key: "/etc/passwd"}
+        content = {"model": "x", place: values if place == "settings" else {taker: values}}
+        (own / "bad.yaml").write_text(json.dumps(content))
+        where = place if place == "settings" else f"methods.{taker}"
+        with pytest.raises(UserError, match=f"{where}.{key}: is said on the command line, not in a preset"):
+            read_preset("bad")
+
+
+def test_what_a_preset_may_set() -> None:
+    """All that can be set by somebody else is a number or one of a few words, but for the names of layers."""
+    texts = {
+        name for kind in TAKING.values() for name, info in kind.model_fields.items() if "str" in str(info.annotation)
+    }
+    flags = {
+        name for kind in TAKING.values() for name, info in kind.model_fields.items() if "bool" in str(info.annotation)
+    }
+    allowed = {name for kind in TAKING.values() for name in kind.model_fields if _may_set(name)}
+    assert allowed & texts == {"target_modules"}
+    assert allowed & flags == {"gradient_checkpointing"}
+    assert set(ALWAYS.split()) <= allowed
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"hidden_size": -64}, "architecture.hidden_size: input should be greater than 0 (got -64)"),
+        ({"hidden_size": 10**12}, "architecture.hidden_size: input should be less than or equal to 16777216"),
+        ({"num_hidden_layers": 0}, "architecture.num_hidden_layers: input should be greater than 0 (got 0)"),
+        ({"num_hidden_layers": 10**6}, "architecture.num_hidden_layers: input should be less than or equal to 10000"),
+        ({"num_experts": -1}, "architecture.num_experts: input should be greater than or equal to 0 (got -1)"),
+        (
+            {"other_parameters": -5},
+            "architecture.other_parameters: input should be greater than or equal to 0 (got -5)",
+        ),
+        (
+            {"recurrent_layers": -1},
+            "architecture.recurrent_layers: input should be greater than or equal to 0 (got -1)",
+        ),
+        ({"sliding_window": 0}, "architecture.sliding_window: input should be greater than 0 (got 0)"),
+        (
+            {"linears": [["q_proj", 64, -64, 2]]},
+            "architecture.linears.0.2: input should be greater than 0 (got -64)",
+        ),
+        ({"sliding_layers": 1}, "architecture: sliding_layers is 1, but there is no sliding_window"),
+        ({"sliding_layers": 3, "sliding_window": 8}, "architecture: sliding_layers is 3, but num_hidden_layers 2"),
+        ({"hybrid_layers": 3}, "architecture: hybrid_layers is 3, but num_hidden_layers 2"),
+        (
+            {"sliding_layers": 2, "sliding_window": 8, "recurrent_layers": 1},
+            "architecture: sliding_layers and recurrent_layers together are more than the 2 layers",
+        ),
+        ({"num_experts": 4, "num_experts_per_tok": 5}, "architecture: num_experts_per_tok is 5, but num_experts 4"),
+    ],
+)
+def test_figures_that_no_model_has(change: dict[str, Any], problem: str, own: Path, command: Command) -> None:
+    (own / "bad.yaml").write_text(json.dumps({"model": "x", "architecture": FIGURES | change}))
+    outcome = command("plan", "--preset", "bad")
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: {own / 'bad.yaml'}: {problem}")
+    assert len(outcome.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": -64},
+        {"hidden_size": "wide"},
+        {"hidden_size": "wide", "head_dim": 16},
+        {"vocab_size": 10**15},
+        {"layer_types": 3},
+        {"layer_types": ["sliding_attention"] * 3, "sliding_window": 8},
+        {"sliding_window": -1},
+        {"text_config": "none"},
+        {"num_experts": "many"},
+        {"num_experts": -4},
+        {"model_type": 7},
+    ],
+    ids=str,
+)
+def test_a_strange_config_is_refused_in_a_line(change: dict[str, Any]) -> None:
+    with pytest.raises(
+        UnknownFigures, match=r"^m: its config.json has impossible figures \(.*\), so its memory cannot"
+    ):
+        figures_of(FIGURES | change, "m")
+
+
+def test_layers_without_a_window_have_no_window() -> None:
+    """Qwen2's way of switching it off, and a config that names the kind of layer but no width: all see everything."""
+    for change in (
+        {"layer_types": ["sliding_attention"] * 2},
+        {"layer_types": ["sliding_attention"] * 2, "sliding_window": 0},
+        {"sliding_window": 8, "use_sliding_window": False},
+    ):
+        figures = figures_of(FIGURES | change, "m")
+        assert (figures.sliding_window, figures.caching_layers) == (None, (2, 0))
+    assert figures_of(FIGURES | {"sliding_window": 8}, "m").caching_layers == (0, 2)
 
 
 # ---- the command
@@ -279,6 +435,8 @@ def test_unusable_texts_in_a_preset(own: Path) -> None:
         ("Qwen3-8B", "(did you mean qwen3-8b?)"),
         ("Qwen/Qwen3-8B", "(did you mean qwen3-8b?)"),
         ("zzz", "name;"),
+        ("llama", "name (there are llama-3.1-8b, llama-3.2-1b, llama-3.2-3b, r1-distill-llama-8b);"),
+        (".5", "name (there are qwen2.5-0.5b, qwen2.5-1.5b, qwen2.5-14b, qwen2.5-7b, qwen3.5-0.8b, qwen3.5-2b);"),
     ],
 )
 def test_an_unknown_name(name: str, said: str, command: Command) -> None:
@@ -305,6 +463,52 @@ def test_the_list(command: Command) -> None:
     assert body[at + 1].split() == ["Qwen/Qwen3-4B", "tokens?", "template?"]
     at = next(i for i, line in enumerate(body) if line.startswith("llama-3.2-1b "))
     assert body[at].split() == ["llama-3.2-1b", "1.24B", "0.96", "Llama", "3.2", "gated"]
+
+
+def test_the_list_says_access_once(own: Path, command: Command) -> None:
+    """In its column, with a ? where nobody has checked; `?` alone where nothing is known."""
+    for name, gated, unverified in (
+        ("open-checked", "false", ""),
+        ("open-unchecked", "false", "gated, tokens"),
+        ("closed-checked", "true", ""),
+        ("closed-unchecked", "true", "gated"),
+        ("unknown", "null", "gated"),
+    ):
+        (own / f"{name}.yaml").write_text(f"model: x/{name}\ngated: {gated}\nunverified: [{unverified}]\n")
+    lines = command("presets").out.splitlines()
+    shown = {}
+    for at, line in enumerate(lines):
+        if "(yours)" in line:
+            shown[line.split()[0]] = (line.split()[-1], lines[at + 1].split()[1:])
+    assert shown == {
+        "open-checked": ("open", []),
+        "open-unchecked": ("open?", ["tokens?"]),
+        "closed-checked": ("gated", []),
+        "closed-unchecked": ("gated?", []),
+        "unknown": ("?", []),
+    }
+
+
+def test_the_list_marks_experts(command: Command) -> None:
+    """Those that have them, with a line that says what the mark means."""
+    lines = command("presets").out.splitlines()
+    marked = {line.split()[0] for line in lines if "* " in line and not line.startswith("*")}
+    assert marked == {"qwen3-30b-a3b", "gpt-oss-20b"}
+    assert "*: experts, which no quantisation packs: they stay in 16 bits." in lines
+
+
+def test_what_is_no_file_in_the_users_folder(own: Path, command: Command) -> None:
+    """Listed as unusable for what it is, for people and for machines."""
+    (own / "folder.yaml").mkdir()
+    (own / "link.yaml").symlink_to("gone")
+    problems = {
+        str(own / "folder.yaml"): f"{own / 'folder.yaml'}: is a folder, not a configuration file",
+        str(own / "link.yaml"): f"{own / 'link.yaml'}: is a link to gone, which is not there",
+    }
+    text = command("presets").out
+    assert all(f"not usable: {problem}\n" in text for problem in problems.values())
+    broken = json.loads(command("presets", "--json").out)["broken"]
+    assert {entry["file"]: entry["problem"] for entry in broken} == problems
 
 
 def test_one_preset(command: Command) -> None:

@@ -52,7 +52,7 @@ class _Plain(yaml.SafeLoader):
 
 
 def first_problem(error: ValidationError) -> tuple[str, str]:
-    """Where the first thing is that pydantic refuses (`methods.sft`), and what is wrong with it, with the nearest of a few choices."""
+    """Where the first thing is that pydantic refuses (`methods.sft`), and what is wrong with it."""
     first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")
     place = ".".join(str(part) for part in first["loc"])
