@@ -374,7 +374,7 @@ def test_a_name_that_is_too_long(refused: Callable[..., None], tiny_llama: Path)
         (2, "batch_size: input should be a valid integer, unable to parse string as an integer (got '1e3')",
             ("--batch-size", "1e3")),
         (2, f"seed: input should be less than 9223372036854775808 (got '{10**30}')", ("--seed", str(10**30))),
-        (2, "quantize: input should be 'nf4', 'int8' or 'none' (got 'nf5')", ("--quantize", "nf5")),
+        (2, "quantize: input should be 'nf4', 'int8' or 'none' (got 'nf5') (did you mean nf4?)", ("--quantize", "nf5")),
         (2, "max_length: 1, must be at least 2 (one token of prompt, one of answer)", ("--max-length", "1")),
         (2, "eval_rows: 6 of 6 rows, must be at least 1 and leave some to train on", ("--eval-rows", "6")),
         (2, "held-out/rows.gz: no such file, nor is its folder held-out", ("--eval-data", "held-out/rows.gz")),

@@ -87,4 +87,4 @@ def test_other_families_are_planned_and_train(
     pairs, out = trained / "pairs.jsonl", tmp_path / "run"
     done = command("dpo", "--model", model_folder(family), "--data", pairs, "--out", out, *FEW)
     assert (done.code, done.err) == (0, "")
-    assert sum(line.startswith("plan: ") and " at the peak (training" in line for line in done.out.splitlines()) == 1
+    assert sum(line.startswith("plan: ") and " (training on cpu: " in line for line in done.out.splitlines()) == 1
