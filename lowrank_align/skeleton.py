@@ -37,10 +37,7 @@ def stated_figures(config: Any, name: str, **measured: int) -> Architecture:
             continue
         if found is not None and not (key in measured and isinstance(found, list | tuple)):
             values[key] = found
-    try:
-        return figures_of(values, name)
-    except ValueError as error:  # a context of -1 tokens
-        raise _unknown(config, name, "has other figures than a decoder's") from error
+    return figures_of(values, name)
 
 
 def measure(config: Any, name: str) -> Architecture:
@@ -51,7 +48,8 @@ def measure(config: Any, name: str) -> Architecture:
     try:
         model = _skeleton(config)
     except Exception as error:  # what a family's own code makes of tensors without numbers is anything
-        raise _unknown(config, name, "cannot be built without its weights") from error
+        what = f"the family {config.model_type} cannot be built without its weights"
+        raise UnknownFigures(f"{name}: {what}, so its memory cannot be planned") from error
     tables = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     sizes: Counter[tuple[str, int, int]] = Counter()
     counted = 0
@@ -70,10 +68,6 @@ def measure(config: Any, name: str) -> Architecture:
     linears = tuple(Linear(*size, layers) for size, layers in sizes.items())
     every = sum(parameter.numel() for parameter in model.parameters())
     return figures.model_copy(update={"linears": linears, "other_parameters": every - counted})
-
-
-def _unknown(config: Any, name: str, why: str) -> UnknownFigures:
-    return UnknownFigures(f"{name}: the family {config.model_type} {why}, so its memory cannot be planned")
 
 
 def _skeleton(config: Any) -> Any:

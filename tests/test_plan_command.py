@@ -17,7 +17,7 @@ Command = Callable[..., Any]
                                "`lowrank-align presets` lists them"),
         ("--gpu 12GiB", "model: missing; give --model, --preset or a line in the --config file"),
         ("--preset qwen3-4b --method dppo",
-         "method: input should be 'sft', 'reward', 'dpo', 'ppo', 'grpo' or 'chat' (got 'dppo')"),
+         "method: input should be 'sft', 'reward', 'dpo', 'ppo', 'grpo' or 'chat' (got 'dppo') (did you mean ppo?)"),
         ("--preset qwen3-4b --max-length 0", "max_length: input should be greater than 0 (got '0')"),
         ("--preset phi-4 --target-modules q_proj",
          "target_modules: q_proj: no such linear layer (did you mean qkv_proj?) "
