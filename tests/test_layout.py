@@ -22,14 +22,15 @@ ROOT = Path(__file__).resolve().parents[1]
 # its submodules. The package root stands outside: it is the façade, which all may ask for `__version__`.
 LAYERS: dict[str, list[str]] = {
     "errors": ["errors"],
-    "settings": ["config", "architecture", "hub", "presets", "plan", "ratings", "store"],
+    "settings": ["locks", "config", "architecture", "hub", "presets", "plan", "ratings", "store"],
     "tensors": ["tensors", "trees", "objectives"],
     "a run": ["memory", "checkpoint", "doctor", "provenance", "runs", "listing", "plots", "progress", "stopping"],
-    "the base and its rows": ["data", "tiny", "loading", "skeleton", "adapters", "scoring", "roles", "probe", "base"],
+    "the base and its rows": ["data", "tiny", "loading", "skeleton", "adapters", "scoring", "roles", "probe", "turns", "base"],
     "around the base": ["preset_check", "rollout", "rewards", "conversation", "export"],
     "methods": ["methods"],
     "training": ["preflight", "loop", "checks", "train"],
     "evaluation": ["evaluate"],
+    "behind the page": ["studio"],
     "programs": ["commands", "cli", "apps", "__main__"],
 }
 FACADE = ""
@@ -44,6 +45,8 @@ NOT_KNOWN: dict[str, set[str]] = {
     "presets": {"torch"} | MODELS,
     "plan": {"torch"} | MODELS,
     "store": {"torch"} | MODELS,
+    "studio": {"gradio"},
+    "locks": {"torch", "numpy"} | MODELS,
     "ratings": {"torch"} | MODELS,
     "tensors": MODELS,
     "objectives": MODELS,
