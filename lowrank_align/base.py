@@ -32,6 +32,7 @@ from lowrank_align.probe import choose_layout, choose_logits
 from lowrank_align.roles import BARE, BackwardInsideRole, Role, Visit
 from lowrank_align.scoring import LogitsHead, TokenScores, scalar_scores, scalar_values, token_scores
 from lowrank_align.trees import Layout, TreeBatch, TreeRow, attention_mask, collate
+from lowrank_align.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Base:
         self.config: Any = self.model.config.get_text_config()
         self.device: torch.device = next(self.model.parameters()).device
         self.roles: dict[str, Role] = {BARE: Role(BARE)}
+        self.turns = Turns()
         self._frozen = list(self.model.parameters())
         self._lora_layers: list[LoraLayer] = []
         self._stack: list[Visit] = [Visit(self.roles[BARE])]

@@ -95,27 +95,23 @@ class Sampling:
     top_p: float
 
 
-class Reply:
-    """One answer as it is drawn: go through it for its pieces. Stop going, and `turn` holds what there is."""
+class Spoken:
+    """One answer as it is drawn: go through it for its pieces. Stop going, and `text` holds what there is."""
 
     def __init__(
         self,
         base: Base,
         role: str,
         renderer: Renderer,
-        conversation: Conversation,
-        question: str,
+        prompt_ids: Sequence[int],
         sampling: Sampling,
         generator: torch.Generator,
     ) -> None:
-        """Raises UserError where the template refuses the conversation, or the question alone is too long.
-
-        `left_out`: how many of the oldest turns do not fit beside the answer. `generator` lives on the base's device.
-        """
+        """`generator` lives on the base's device."""
         self._base, self._role, self._renderer, self._sampling = base, role, renderer, sampling
-        self._question, self._generator = question, generator
-        self.context_tokens = min(renderer.max_length, base.context_tokens)
-        self.prompt_ids, self.left_out = self._fitting(conversation)
+        self._generator = generator
+        self.context_tokens = context_of(base, renderer)
+        self.prompt_ids = list(prompt_ids)
         self.ids: list[int] = []  # drawn so far, an end token among them
         self.finished = False
 
@@ -140,10 +136,10 @@ class Reply:
         yield from thoughts.flush()
 
     @property
-    def turn(self) -> Turn:
-        """Question and answer as far as it got."""
+    def text(self) -> str:
+        """The answer as far as it got, thoughts among it."""
         text = self._renderer.decode(self.ids[:-1] if self.finished else self.ids)
-        return Turn(self._question, (text if self.finished else text.rstrip("\ufffd")).strip(), self.finished)
+        return (text if self.finished else text.rstrip("\ufffd")).strip()
 
     def _texts(self, tokens: Iterator[int]) -> Iterator[str]:
         text = TextStream(self._renderer.decode)
@@ -154,22 +150,73 @@ class Reply:
                 yield text.push(token)
         yield text.flush()
 
-    def _fitting(self, conversation: Conversation) -> tuple[list[int], int]:
-        """The prompt with as many turns as leave room for the answer, and how many were left out."""
-        room = min(self._sampling.max_new_tokens, self.context_tokens // 2)
-        ids: Sequence[int] = ()
-        for skip in range(len(conversation.turns) + 1):
-            row = Row(Shape.prompts, conversation.messages(self._question, skip=skip), [], where="chat")
-            ids = self._renderer.prompt_ids(row)
-            if len(ids) + room <= self.context_tokens:
-                return list(ids), skip
-        if len(ids) >= self.context_tokens:
-            raise UserError(
-                f"too long: {len(ids)} tokens with the system prompt, where prompt and answer may have "
-                f"{self.context_tokens} together"
-            )
-        return list(ids), len(conversation.turns)
-
     def _thought_is_open(self) -> bool:
         end = self._base.tokenizer.decode(self.prompt_ids[-THOUGHT_OPENED_WITHIN:])
         return str(end).rstrip().endswith(OPEN)
+
+
+class Reply(Spoken):
+    """The answer to a question in a conversation."""
+
+    def __init__(
+        self,
+        base: Base,
+        role: str,
+        renderer: Renderer,
+        conversation: Conversation,
+        question: str,
+        sampling: Sampling,
+        generator: torch.Generator,
+    ) -> None:
+        """Raises UserError where the template refuses the conversation, or the question alone is too long.
+
+        `left_out`: how many of the oldest turns do not fit beside the answer.
+        """
+        self._question = question
+        ids, self.left_out = fitting_prompt(
+            conversation.messages(question), renderer, sampling.max_new_tokens, context_of(base, renderer)
+        )
+        super().__init__(base, role, renderer, ids, sampling, generator)
+
+    @property
+    def turn(self) -> Turn:
+        """Question and answer as far as it got."""
+        return Turn(self._question, self.text, self.finished)
+
+
+def context_of(base: Base, renderer: Renderer) -> int:
+    """Tokens that prompt and answer may have together."""
+    return min(renderer.max_length, base.context_tokens)
+
+
+def fitting_prompt(
+    prompt: str | list[Message], renderer: Renderer, max_new_tokens: int, context_tokens: int
+) -> tuple[list[int], int]:
+    """The ids of a prompt with as many of its turns as leave room for the answer, and how many were left out.
+
+    The oldest turns go first; what stands before the first question (a system prompt) stays. UserError where the
+    template refuses the prompt, or where the last question alone is too long.
+    """
+    room = min(max_new_tokens, context_tokens // 2)
+    kept, turns = _turns(prompt)
+    ids: list[int] = []
+    for skip in range(len(turns)):
+        shortened = prompt if isinstance(prompt, str) else [*kept, *(m for turn in turns[skip:] for m in turn)]
+        ids = list(renderer.prompt_ids(Row(Shape.prompts, shortened, [], where="chat")))
+        if len(ids) + room <= context_tokens:
+            return ids, skip
+    if len(ids) >= context_tokens:
+        raise UserError(
+            f"too long: {len(ids)} tokens with the system prompt, where prompt and answer may have "
+            f"{context_tokens} together"
+        )
+    return ids, len(turns) - 1
+
+
+def _turns(prompt: str | list[Message]) -> tuple[list[Message], list[list[Message]]]:
+    """What stands before the first question, and the turns from there on, each beginning with a question."""
+    if isinstance(prompt, str):
+        return [], [[]]
+    starts = [i for i, message in enumerate(prompt) if message["role"] == "user"] or [0]
+    ends = [*starts[1:], len(prompt)]
+    return prompt[: starts[0]], [prompt[start:end] for start, end in zip(starts, ends, strict=True)]

@@ -176,6 +176,7 @@ class Loop:
             for start in range(0, len(items), size):
                 with self._dropout_seed(step, update, start):
                     total += self.method.step(items[start : start + size], weight, seen).item()
+                self.base.turns.give_way()
             return total, seen
 
         loss, seen = self.retry(accumulate, "micro_batch_size")

@@ -2,7 +2,7 @@
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -44,7 +44,7 @@ def sample(
     found: dict[int, list[Rollout]] = {}
     with inference(base):
         for chunk in _chunks(base, prompts, max(1, batch_size // completions_per_prompt)):
-            sampler = _Sampler(temperature, top_p, generator)
+            sampler = _Sampler(temperature, top_p, generator, base.turns.give_way)
             ids = _generate(base, [prompts[i] for i in chunk], sampler, end_ids, max_new_tokens, completions_per_prompt)
             for place, i in enumerate(chunk):
                 mine = ids[place * completions_per_prompt : (place + 1) * completions_per_prompt]
@@ -127,11 +127,19 @@ class _Sampler(LogitsProcessor):
     `generate` takes no generator; under its greedy search, this makes the draw, and the draw alone, ours.
     """
 
-    def __init__(self, temperature: float, top_p: float, generator: torch.Generator) -> None:
-        self.temperature, self.generator = temperature, generator
+    def __init__(
+        self,
+        temperature: float,
+        top_p: float,
+        generator: torch.Generator,
+        between_tokens: Callable[[], None] | None = None,
+    ) -> None:
+        self.temperature, self.generator, self.between_tokens = temperature, generator, between_tokens
         self.nucleus = TopPLogitsWarper(top_p) if top_p < 1.0 else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.between_tokens is not None:
+            self.between_tokens()
         if self.temperature == 0:
             return scores
         logits = scores.float() / self.temperature

@@ -105,15 +105,16 @@ def train(
             dtype=settings.dtype,
             attention=settings.attention,
         )
-        base.enable_checkpointing(settings.gradient_checkpointing)
-        trainer = kind(base, settings, renderer)
-        trainer.add_roles()
-        with (
-            stop or StopSignals() as stopping,
-            open_run(out, resume=settings.resume, overwrite=settings.overwrite, method=settings.method) as run,
-        ):
-            _write_down(run, settings, rows.dropped, Path(scratch))
-            return _run(trainer, rows, run, progress, stopping)
+        with base.turns.background():
+            base.enable_checkpointing(settings.gradient_checkpointing)
+            trainer = kind(base, settings, renderer)
+            trainer.add_roles()
+            with (
+                stop or StopSignals() as stopping,
+                open_run(out, resume=settings.resume, overwrite=settings.overwrite, method=settings.method) as run,
+            ):
+                _write_down(run, settings, rows.dropped, Path(scratch))
+                return _run(trainer, rows, run, progress, stopping)
 
 
 def _rendered(

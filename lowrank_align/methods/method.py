@@ -155,6 +155,7 @@ class Method(ABC, Generic[SettingsT, Item]):
             weight, total, seen = self.weight(rows), 0.0, Metrics()  # type: ignore[arg-type]
             for start in range(0, len(rows), size):
                 total += self.step(rows[start : start + size], weight, seen).item()  # type: ignore[arg-type]
+                self.base.turns.give_way()
             return total, seen
 
         loss, seen = retry(measure, "micro_batch_size")

@@ -202,6 +202,7 @@ class PPO(Method[PPOSettings, Episode]):
             for i, length in enumerate(batch.num_tokens.tolist()):
                 tokens = [column[i, :length] for column in (logps, ref_logps, values, batch.token_mask)]
                 found.append((*tokens, scores[i]))
+            self.base.turns.give_way()
         return found
 
     def _function_scores(self, rows: Sequence[TreeRow], rollouts: list[Rollout]) -> Tensor:
