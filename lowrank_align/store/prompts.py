@@ -1,0 +1,55 @@
+"""The queue: prompts in their order. Which of them wait is derived from what stands, so a restart loses nothing."""
+
+import json
+import sqlite3
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lowrank_align.store.encoding import content_id, to_json
+from lowrank_align.store.records import Enqueued, QueuedPrompt, now
+
+_PROMPT = "p.id, p.body, p.seq, p.source, p.extra"
+_WAITS = """NOT EXISTS (SELECT 1 FROM records AS r JOIN standing AS e ON e.record = r.id
+    WHERE r.queue_id = p.id AND e.annotator = ?)"""
+
+
+def enqueue(connection: sqlite3.Connection, found: Iterable[QueuedPrompt]) -> Enqueued:
+    """Within a transaction: add those whose content and id are new."""
+    added = duplicates = 0
+    for item in found:
+        row = (
+            item.id,
+            content_id([item.prompt, item.extra]),
+            item.source,
+            to_json(item.prompt),
+            to_json(item.extra),
+            now(),
+        )
+        names = "id, content, source, body, extra, at"
+        done = connection.execute(f"INSERT OR IGNORE INTO prompts ({names}) VALUES (?, ?, ?, ?, ?, ?)", row)
+        added += done.rowcount
+        duplicates += 1 - done.rowcount
+    return Enqueued(added, duplicates)
+
+
+def waiting(connection: sqlite3.Connection, annotator: str, limit: int, without: Sequence[str]) -> list[QueuedPrompt]:
+    """The first `limit` that wait for the annotator, but for the ids in `without`."""
+    query = f"""SELECT {_PROMPT} FROM prompts AS p WHERE {_WAITS}
+        AND p.id NOT IN (SELECT value FROM json_each(?)) ORDER BY p.seq LIMIT ?"""
+    return [_queued(row) for row in connection.execute(query, (annotator, to_json(list(without)), limit)).fetchall()]
+
+
+def left(connection: sqlite3.Connection, annotator: str) -> int:
+    """How many wait for the annotator."""
+    (count,) = connection.execute(f"SELECT count(*) FROM prompts AS p WHERE {_WAITS}", (annotator,)).fetchone()
+    return int(count)
+
+
+def every(connection: sqlite3.Connection) -> list[QueuedPrompt]:
+    """All of them, in order."""
+    return [_queued(row) for row in connection.execute(f"SELECT {_PROMPT} FROM prompts AS p ORDER BY p.seq").fetchall()]
+
+
+def _queued(row: Sequence[Any]) -> QueuedPrompt:
+    prompt_id, body, position, source, extra = row
+    return QueuedPrompt(prompt_id, json.loads(body), position, source, json.loads(extra))

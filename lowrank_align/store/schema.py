@@ -1,0 +1,134 @@
+"""The tables, as an append-only list of migrations, and how a file is brought to the newest of them.
+
+Never change a migration that was released: add one. Before an older file is migrated, `VACUUM INTO` copies it beside
+itself; the migration is one transaction, so a kill leaves the old schema or the new one. A file of a newer version is
+refused. Events, records and prompts are only ever added; triggers refuse anything else, and what holds now is a view.
+"""
+
+import os
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+
+from lowrank_align.errors import EnvironmentProblem, UserError
+
+APPLICATION_ID = 0x6C726131  # "lra1"
+
+Migration = tuple[str, ...]  # statements; what is in one is one transaction
+
+
+def _append_only(table: str) -> Migration:
+    return tuple(
+        f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
+        f"BEGIN SELECT RAISE(ABORT, '{table} are append-only'); END"
+        for verb in ("UPDATE", "DELETE")
+    )
+
+
+_FIRST: Migration = (
+    """CREATE TABLE records (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        kind TEXT NOT NULL,
+        origin TEXT NOT NULL,
+        queue_id TEXT,
+        repeat_of TEXT,
+        sources TEXT NOT NULL,  -- a JSON array of the completions' sources
+        searchable TEXT NOT NULL,
+        body TEXT NOT NULL  -- the record as JSON
+    )""",
+    "CREATE INDEX records_of_queue ON records (queue_id) WHERE queue_id IS NOT NULL",
+    """CREATE TABLE events (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        record TEXT NOT NULL REFERENCES records (id),
+        annotator TEXT NOT NULL,
+        version INTEGER NOT NULL CHECK (version > 0),
+        kind TEXT NOT NULL CHECK (kind IN ('vote', 'edit', 'undo', 'delete', 'restore', 'import')),
+        stands INTEGER NOT NULL CHECK (stands BETWEEN 0 AND version),  -- the version whose state this is; 0: none
+        verdict TEXT,
+        deleted INTEGER NOT NULL DEFAULT 0,
+        tags TEXT NOT NULL DEFAULT '[]',
+        searchable TEXT NOT NULL DEFAULT '',
+        judgement TEXT,  -- JSON, NULL where none stands
+        at TEXT NOT NULL,
+        UNIQUE (record, annotator, version),
+        CHECK ((judgement IS NULL) = (stands = 0))
+    )""",
+    "CREATE INDEX events_of_annotator ON events (annotator, seq)",
+    """CREATE TABLE prompts (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        content TEXT NOT NULL UNIQUE,  -- a hash of the prompt
+        source TEXT NOT NULL,
+        body TEXT NOT NULL,
+        extra TEXT NOT NULL DEFAULT '{}',
+        at TEXT NOT NULL
+    )""",
+    # Drafts and other small settings of the page: the one table that changes in place.
+    "CREATE TABLE notes (key TEXT PRIMARY KEY, value TEXT NOT NULL, at TEXT NOT NULL) WITHOUT ROWID",
+    *_append_only("records"),
+    *_append_only("events"),
+    *_append_only("prompts"),
+    # The newest event of each record and annotator, whether or not a judgement stands after it.
+    """CREATE VIEW heads AS SELECT * FROM events AS e WHERE NOT EXISTS (
+        SELECT 1 FROM events AS later
+        WHERE later.record = e.record AND later.annotator = e.annotator AND later.version = e.version + 1)""",
+    "CREATE VIEW standing AS SELECT * FROM heads WHERE judgement IS NOT NULL",
+)
+
+MIGRATIONS: list[Migration] = [_FIRST]
+
+
+def prepare(connection: sqlite3.Connection, path: Path, migrations: Sequence[Migration] | None = None) -> None:
+    """Make a new file a store, or bring an old one to the newest schema; UserError where it is neither.
+
+    `connection` is in autocommit mode. The backup is `<name>.v<old version>.bak`, numbered where there is one already.
+    """
+    migrations = MIGRATIONS if migrations is None else migrations
+    version = _version(connection, path, len(migrations))
+    if version == len(migrations):
+        return
+    backup = _back_up(connection, path, version) if version else None
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        found = _version(connection, path, len(migrations))  # another process may have been faster
+        for migration in migrations[found:]:
+            for statement in migration:
+                connection.execute(statement)
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {len(migrations)}")
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    if backup is not None and found != version:
+        backup.unlink()
+
+
+def _version(connection: sqlite3.Connection, path: Path, newest: int) -> int:
+    """The file's schema, 0 for an empty file."""
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    if application != APPLICATION_ID and (application or version or tables):
+        raise UserError(f"{path}: not a store but another program's database; name another file with --store")
+    if version > newest:
+        raise UserError(
+            f"{path}: written by a newer lowrank-align (schema {version}, this one knows {newest}); update this one"
+        )
+    return int(version)
+
+
+def _back_up(connection: sqlite3.Connection, path: Path, version: int) -> Path:
+    names = (f"{path.name}.v{version}{number}.bak" for number in ("", *(f"-{n}" for n in range(2, 1000))))
+    backup = next(place for name in names if not (place := path.with_name(name)).exists())
+    try:
+        connection.execute("VACUUM INTO ?", (str(backup),))
+        with open(backup, "rb") as file:
+            os.fsync(file.fileno())
+    except (OSError, sqlite3.OperationalError) as error:
+        backup.unlink(missing_ok=True)
+        raise EnvironmentProblem(f"{backup}: no backup could be written ({error}); {path.name} is as it was") from None
+    return backup

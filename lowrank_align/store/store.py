@@ -1,0 +1,292 @@
+"""The store's operations. Every method may be called from any thread, and several processes may share one file."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from lowrank_align.errors import UserError
+from lowrank_align.store import encoding, events, prompts
+from lowrank_align.store.connections import Connections
+from lowrank_align.store.filters import JOINED, Filters
+from lowrank_align.store.records import (
+    Enqueued,
+    Entry,
+    Event,
+    Judgement,
+    QueuedPrompt,
+    Record,
+    Stale,
+    Text,
+    new_id,
+    now,
+)
+
+_ENTRY = "r.body, e.annotator, e.judgement, e.version, e.at"
+_DECISIONS = ("vote", "edit")  # what `recent` lists
+
+
+class Store:
+    """Records, judgements and the queue of prompts in one SQLite file. See `records` for what they are."""
+
+    def __init__(self, path: str | Path, *, create: bool = True) -> None:
+        """Opens the file, makes it where there is none (with `create`), and brings an older schema up to date.
+
+        UserError for another program's file, a damaged one, or one of a newer version.
+        """
+        self.path = Path(path).expanduser()
+        self._file = Connections(self.path, create=create)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits for a write under way."""
+        self._file.close()
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """What is written within is durable together at the end, or not at all; others cannot write meanwhile."""
+        with self._file.writing():
+            yield
+
+    # ---- what is written
+
+    def add(self, record: Record) -> None:
+        """Keep a record; the same one again changes nothing. ValueError where its id has another content."""
+        body = encoding.to_json(encoding.record_fields(record))
+        texts = [record.prompt, *(completion.content for completion in record.completions)]
+        row = (
+            record.id,
+            record.kind,
+            record.origin,
+            record.queue_id,
+            record.repeat_of,
+            json.dumps(sorted({completion.source for completion in record.completions})),
+            encoding.searchable(*map(encoding.plain, texts)),
+            body,
+        )
+        with self._file.writing() as connection:
+            found = connection.execute("SELECT body FROM records WHERE id = ?", (record.id,)).fetchone()
+            if found is None:
+                names = "id, kind, origin, queue_id, repeat_of, sources, searchable, body"
+                connection.execute(f"INSERT INTO records ({names}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+            elif encoding.record_of(json.loads(found[0])) != encoding.record_of(json.loads(body)):
+                raise ValueError(f"record {record.id} is there already, with another content")
+
+    def judge(
+        self,
+        record_id: str,
+        annotator: str,
+        judgement: Judgement,
+        *,
+        expected_version: int = 0,
+        event_id: str | None = None,
+        kind: str = "vote",
+        at: str | None = None,
+    ) -> int:
+        """What `annotator` says of the record now (`kind`: vote, edit or import); the new version, once durable.
+
+        `expected_version`: the one it is based on; 0 where none stands. `Stale` where it is another by now. An event
+        that is there already gives its old answer. ValueError where the judgement does not fit the record.
+        """
+        if not annotator.strip():
+            raise UserError("annotator: empty; give a name")
+        judgement.fits(self.record(record_id))
+        return self._step(record_id, annotator, judgement, expected_version, event_id, kind, at=at)
+
+    def undo(
+        self, record_id: str, annotator: str, *, expected_version: int, event_id: str | None = None
+    ) -> Judgement | None:
+        """Take the last vote, edit, deletion or restoration back; the judgement that stood, None if there is none.
+
+        The state before it stands again, or none does. What was imported is not taken back (delete it).
+        """
+        with self._file.writing() as connection:
+            if event_id is not None and (known := events.of_id(connection, event_id)):
+                undone = events.of_version(connection, record_id, annotator, known.version - 1)
+                return undone.judgement if undone else None
+            version, stands = events.head(connection, record_id, annotator)
+            if version != expected_version:
+                raise _stale(version, expected_version)
+            last = events.of_version(connection, record_id, annotator, stands)
+            if last is None or last.kind == "import":
+                return None
+            before = events.of_version(connection, record_id, annotator, events.stood(connection, last))
+            stands, judgement = (before.version, before.judgement) if before else (0, None)
+            step = events.Step(record_id, annotator, version + 1, "undo", stands, judgement, event_id)
+            events.append(connection, step)
+            return last.judgement
+
+    def delete(self, record_id: str, annotator: str, *, expected_version: int, event_id: str | None = None) -> int:
+        """Leave the entry out of lists and exports; the new version. Its history stays; `restore` brings it back."""
+        standing = self._standing(record_id, annotator)
+        gone = replace(standing, deleted=True)
+        return self._step(record_id, annotator, gone, expected_version, event_id, "delete")
+
+    def restore(self, record_id: str, annotator: str, *, expected_version: int, event_id: str | None = None) -> int:
+        """Bring a deleted entry back; the new version."""
+        back = replace(self._standing(record_id, annotator), deleted=False)
+        return self._step(record_id, annotator, back, expected_version, event_id, "restore")
+
+    # ---- what is read
+
+    def record(self, record_id: str) -> Record:
+        """UserError where there is none of that id."""
+        record = self.find(record_id)
+        if record is None:
+            raise UserError(f"{self.path}: no record {record_id}")
+        return record
+
+    def find(self, record_id: str) -> Record | None:
+        """The record, or None."""
+        rows = self._rows("SELECT body FROM records WHERE id = ?", (record_id,))
+        return encoding.record_of(json.loads(rows[0][0])) if rows else None
+
+    def entry(self, record_id: str, annotator: str) -> Entry | None:
+        """What stands, deleted or not; None where the annotator has said nothing or taken it all back."""
+        rows = self._rows(f"SELECT {_ENTRY} {JOINED} WHERE r.id = ? AND e.annotator = ?", (record_id, annotator))
+        return _entry(rows[0]) if rows else None
+
+    def history(self, record_id: str, annotator: str) -> list[Event]:
+        """Everything that happened, oldest first."""
+        with self._file.reading() as connection:
+            return events.listed(connection, "record = ? AND annotator = ?", (record_id, annotator))
+
+    def entries(
+        self, *, limit: int | None = None, offset: int = 0, newest_first: bool = True, **filters: Any
+    ) -> list[Entry]:
+        """What stands, in the order in which the records came, filtered as `Filters` says: by annotator, kinds,
+        verdicts, tag, source, text, origin, deleted (False: without the deleted, True: those alone, None: all)."""
+        where, parameters = Filters(**filters).where()
+        way = "DESC" if newest_first else "ASC"
+        query = f"SELECT {_ENTRY} {JOINED} WHERE {where} ORDER BY r.seq {way}, e.annotator LIMIT ? OFFSET ?"
+        return [_entry(row) for row in self._rows(query, (*parameters, -1 if limit is None else limit, offset))]
+
+    def count(self, **filters: Any) -> int:
+        """How many entries there are of those."""
+        where, parameters = Filters(**filters).where()
+        return int(self._rows(f"SELECT count(*) {JOINED} WHERE {where}", parameters)[0][0])
+
+    def recent(self, annotator: str, limit: int = 10) -> list[Entry]:
+        """The newest decisions that `undo` would take back, newest first; not what was undone, deleted or imported."""
+        query = f"""SELECT {_ENTRY} {JOINED}
+            JOIN events AS made ON made.record = e.record AND made.annotator = e.annotator AND made.version = e.stands
+            WHERE e.annotator = ? AND made.kind IN {_DECISIONS} AND NOT e.deleted ORDER BY made.seq DESC LIMIT ?"""
+        return [_entry(row) for row in self._rows(query, (annotator, limit))]
+
+    def annotators(self) -> list[str]:
+        """Everybody who has ever judged something here, by name."""
+        return [name for (name,) in self._rows("SELECT DISTINCT annotator FROM events ORDER BY annotator")]
+
+    def tags(self) -> list[str]:
+        """The tags in use, by name."""
+        query = "SELECT DISTINCT t.value FROM standing AS e, json_each(e.tags) AS t WHERE NOT e.deleted ORDER BY 1"
+        return [tag for (tag,) in self._rows(query)]
+
+    def events(self) -> list[Event]:
+        """Everything that ever happened, oldest first."""
+        with self._file.reading() as connection:
+            return events.listed(connection)
+
+    def records(self) -> list[Record]:
+        """Every record, judged or not, oldest first."""
+        return [encoding.record_of(json.loads(b)) for (b,) in self._rows("SELECT body FROM records ORDER BY seq")]
+
+    def pulse(self) -> int:
+        """Grows with every record, judgement and queued prompt, by whatever process; cheap. Notes do not count."""
+        tables = " + ".join(f"coalesce((SELECT max(seq) FROM {name}), 0)" for name in ("records", "events", "prompts"))
+        return int(self._rows(f"SELECT {tables}")[0][0])
+
+    # ---- the queue, and notes
+
+    def enqueue(self, found: Sequence[Text], source: str = "") -> Enqueued:
+        """Put prompts at the end of the queue; those that it has already, by content, are only counted."""
+        return self.enqueue_prompts([QueuedPrompt(new_id(), prompt, 0, source) for prompt in found])
+
+    def enqueue_prompts(self, found: Sequence[QueuedPrompt]) -> Enqueued:
+        """The same, with ids and extra columns of their own; positions are given anew."""
+        with self._file.writing() as connection:
+            return prompts.enqueue(connection, found)
+
+    def queue(self, annotator: str, *, limit: int, without: Sequence[str] = ()) -> list[QueuedPrompt]:
+        """The first prompts on which the annotator has no standing judgement, in order; `without` those ids."""
+        with self._file.reading() as connection:
+            return prompts.waiting(connection, annotator, limit, without)
+
+    def queue_left(self, annotator: str) -> int:
+        """How many prompts wait for the annotator. One whose entry was deleted is done with; an undone one waits."""
+        with self._file.reading() as connection:
+            return prompts.left(connection, annotator)
+
+    def queue_total(self) -> int:
+        """How many prompts were ever put into the queue."""
+        return int(self._rows("SELECT count(*) FROM prompts")[0][0])
+
+    def queued(self) -> list[QueuedPrompt]:
+        """The whole queue, done or not, in order."""
+        with self._file.reading() as connection:
+            return prompts.every(connection)
+
+    def note(self, key: str, value: Any) -> None:
+        """Keep a small JSON value, such as a draft, in place of the key's old one."""
+        with self._file.writing() as connection:
+            connection.execute("REPLACE INTO notes VALUES (?, ?, ?)", (key, encoding.to_json(value), now()))
+
+    def noted(self, key: str, default: Any = None) -> Any:
+        """The key's value."""
+        rows = self._rows("SELECT value FROM notes WHERE key = ?", (key,))
+        return json.loads(rows[0][0]) if rows else default
+
+    # ---- within
+
+    def _rows(self, query: str, parameters: Sequence[Any] = ()) -> list[Any]:
+        with self._file.reading() as connection:
+            return connection.execute(query, parameters).fetchall()
+
+    def _standing(self, record_id: str, annotator: str) -> Judgement:
+        entry = self.entry(record_id, annotator)
+        if entry is None:
+            raise UserError(f"{annotator} has no judgement on this record")
+        return entry.judgement
+
+    def _step(
+        self,
+        record_id: str,
+        annotator: str,
+        judgement: Judgement,
+        expected: int,
+        event_id: str | None,
+        kind: str,
+        at: str | None = None,
+    ) -> int:
+        with self._file.writing() as connection:
+            if event_id is not None and (known := events.of_id(connection, event_id)):
+                return known.version
+            version, stands = events.head(connection, record_id, annotator)
+            if expected != version and (expected or stands):  # after all was taken back, a first vote overwrites nothing
+                raise _stale(version, expected)
+            step = events.Step(record_id, annotator, version + 1, kind, version + 1, judgement, event_id, at)
+            events.append(connection, step)
+            return version + 1
+
+
+def _stale(version: int, expected: int) -> Stale:
+    return Stale(
+        f"changed elsewhere since this page showed it (version {version}, here {expected}); "
+        "nothing was overwritten: load it again and repeat"
+    )
+
+
+def _entry(row: Sequence[Any]) -> Entry:
+    body, annotator, judgement, version, at = row
+    record = encoding.record_of(json.loads(body))
+    return Entry(record, annotator, encoding.judgement_of(json.loads(judgement)), version, at)
