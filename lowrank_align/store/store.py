@@ -192,12 +192,12 @@ class Store:
         query = "SELECT DISTINCT t.value FROM standing AS e, json_each(e.tags) AS t WHERE NOT e.deleted ORDER BY 1"
         return [tag for (tag,) in self._rows(query)]
 
-    def events(self) -> list[Event]:
+    def all_events(self) -> list[Event]:
         """Everything that ever happened, oldest first."""
         with self._file.reading() as connection:
             return events.listed(connection)
 
-    def records(self) -> list[Record]:
+    def all_records(self) -> list[Record]:
         """Every record, judged or not, oldest first."""
         return [encoding.record_of(json.loads(b)) for (b,) in self._rows("SELECT body FROM records ORDER BY seq")]
 
@@ -272,7 +272,9 @@ class Store:
             if event_id is not None and (known := events.of_id(connection, event_id)):
                 return known.version
             version, stands = events.head(connection, record_id, annotator)
-            if expected != version and (expected or stands):  # after all was taken back, a first vote overwrites nothing
+            if expected != version and (
+                expected or stands
+            ):  # after all was taken back, a first vote overwrites nothing
                 raise _stale(version, expected)
             step = events.Step(record_id, annotator, version + 1, kind, version + 1, judgement, event_id, at)
             events.append(connection, step)
