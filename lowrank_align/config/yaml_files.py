@@ -25,11 +25,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if file.stat().st_size > YAML_LIMIT_BYTES:
         raise UserError(f"{path}: over {YAML_LIMIT_BYTES // 1_000_000} MB; a configuration is a few lines")
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Plain)
-    except RecursionError:
-        raise UserError(f"{path}: nested too deep; needs lines of `setting: value`") from None
+        text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not valid YAML (not UTF-8)") from error
+    return parse_yaml(text, path)
+
+
+def parse_yaml(text: str, path: str | Path) -> dict[str, Any]:
+    """A mapping of settings from YAML's text, which stands in `path`."""
+    try:
+        content = yaml.load(text, Loader=_Plain)
+    except RecursionError:
+        raise UserError(f"{path}: nested too deep; needs lines of `setting: value`") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: the 99th of May, a number of 5000 digits
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
