@@ -30,7 +30,7 @@ from lowrank_align.config.training import (
     SFTSettings,
     TrainSettings,
 )
-from lowrank_align.config.yaml_files import read_yaml
+from lowrank_align.config.yaml_files import parse_yaml, read_yaml
 
 __all__ = [
     "ADAPTERS_OWN",
@@ -55,6 +55,7 @@ __all__ = [
     "Settings",
     "ShowSettings",
     "TrainSettings",
+    "parse_yaml",
     "read_yaml",
     "resolve",
     "to_yaml",
