@@ -57,10 +57,14 @@ def locate(start_from: str | Path, kind: Kind | None = None) -> Path:
     if not (folder / WEIGHTS).is_file():
         other = " (only safetensors are read, never .bin)" if (folder / "adapter_model.bin").exists() else ""
         raise UserError(f"{start_from}: holds no {WEIGHTS}{other}")
-    found: Kind = "reward" if _read_config(folder).get("task_type") == "SEQ_CLS" else "policy"
-    if kind is not None and found != kind:
-        raise UserError(f"{start_from}: is a {found} run, where a {kind} is expected")
+    if kind is not None and _kind(folder) != kind:
+        raise UserError(f"{start_from}: is a {_kind(folder)} run, where a {kind} is expected")
     return folder
+
+
+def kind_of(start_from: str | Path) -> Kind:
+    """Whether a run or adapter scores or speaks; UserError where it is none."""
+    return _kind(locate(start_from))
 
 
 def check_before_load(start_from: str | Path, kind: Kind | None, base_name: str, base_hash: str, config: Any) -> None:
@@ -160,6 +164,10 @@ def write(
     if again.keys() != tensors.keys() or any(not torch.equal(again[k], tensors[k]) for k in tensors):
         raise UserError(f"{folder / WEIGHTS}: reads back differently from what was written; check the disk")
     return hashlib.sha256(content).hexdigest()
+
+
+def _kind(folder: Path) -> Kind:
+    return "reward" if _read_config(folder).get("task_type") == "SEQ_CLS" else "policy"
 
 
 def _incomplete(folder: str | Path, missing: list[str]) -> str:

@@ -70,7 +70,7 @@ def list_runs(folder: Path) -> list[RunInfo]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; runs are where --out put them")
-    return [_info(path, folder) for path in sorted(_find_runs(folder))]
+    return [_info(path, folder) for path in sorted(find_runs(folder))]
 
 
 def compare_runs(paths: list[Path]) -> Comparison:
@@ -168,7 +168,10 @@ def print_comparison(a: Path, b: Path, console: Console) -> None:
         console.print(table if rows else f"{title}: none")
 
 
-def _find_runs(folder: Path, depth: int = LISTING_DEPTH) -> Iterator[Path]:
+def find_runs(folder: Path, depth: int = LISTING_DEPTH) -> Iterator[Path]:
+    """The folders of runs in `folder`, and in runs that hold others; none where the folder is not there."""
+    if not folder.is_dir():
+        return
     is_run = looks_like_run(folder)
     if is_run:
         yield folder
@@ -176,7 +179,7 @@ def _find_runs(folder: Path, depth: int = LISTING_DEPTH) -> Iterator[Path]:
         for entry in folder.iterdir():
             hidden = entry.name.startswith(".") or (is_run and entry.name in SUBFOLDERS)
             if entry.is_dir() and not entry.is_symlink() and not hidden:
-                yield from _find_runs(entry, depth - 1)
+                yield from find_runs(entry, depth - 1)
 
 
 def _info(path: Path, folder: Path) -> RunInfo:

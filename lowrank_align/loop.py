@@ -214,7 +214,7 @@ class Loop:
             try:
                 return function(self.sizes[knob])
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 message = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
             if self.sizes[knob] == 1:
@@ -367,6 +367,6 @@ def _order(seed: int, epoch: int, count: int) -> list[int]:
     return order
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or any(words in str(error) for words in OUT_OF_MEMORY)

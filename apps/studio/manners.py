@@ -1,0 +1,62 @@
+"""How the page behaves: a mistake is one sentence in the page, never a stack trace; and what every event has alike."""
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gradio as gr
+
+from lowrank_align.errors import UserError
+
+log = logging.getLogger(__name__)
+
+OWN_FAULT = "Something went wrong in the studio itself; what it was stands in the terminal. Nothing that was kept is lost."
+SECONDS_SHOWN = 8
+
+# A quiet event: no spinner over what people read, and no entry in the list of endpoints.
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+def told(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """The handler with its errors told as one sentence in the page; what it would have changed stays as it was."""
+    if inspect.isgeneratorfunction(handler):
+
+        @functools.wraps(handler)
+        def streaming(*values: Any) -> Iterator[Any]:
+            try:
+                yield from handler(*values)
+            except Exception as error:
+                raise _shown(error) from None
+
+        return streaming
+
+    @functools.wraps(handler)
+    def answering(*values: Any) -> Any:
+        try:
+            return handler(*values)
+        except Exception as error:
+            raise _shown(error) from None
+
+    return answering
+
+
+def sentence(text: str) -> str:
+    """As people read it: a capital at its beginning, a full stop at its end."""
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+def _shown(error: Exception) -> Exception:
+    if isinstance(error, gr.Error):
+        return error
+    if isinstance(error, UserError):
+        return gr.Error(_as_text(sentence(str(error))), title="", duration=SECONDS_SHOWN, print_exception=False)
+    log.error("a handler of the page failed", exc_info=error)
+    return gr.Error(OWN_FAULT, title="", duration=SECONDS_SHOWN, print_exception=False)
+
+
+def _as_text(text: str) -> str:
+    """Toasts are HTML: names and paths within are told as they are."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,116 @@
+"""The page: a header, five tabs, and the manners that all of them share."""
+
+import html
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+import gradio as gr
+
+from lowrank_align.studio.studio import Studio
+
+from . import arena, chat, collect, data, train
+from .manners import QUIET, told
+
+TABS: dict[str, Callable[[Studio, "Page"], None]] = {
+    "collect": collect.build,
+    "chat": chat.build,
+    "train": train.build,
+    "arena": arena.build,
+    "data": data.build,
+}
+TITLE = "lowrank studio"
+
+
+class Page:
+    """What the tabs share. They reach each other through `tabs` and `tab(name)` alone."""
+
+    def __init__(self, studio: Studio, demo: gr.Blocks) -> None:
+        self.studio, self.demo = studio, demo
+        self.clock: gr.Timer
+        self.annotator: gr.Textbox
+        self.tabs: gr.Tabs
+        self._tabs: dict[str, gr.Tab] = {}
+
+    def tab(self, name: str) -> gr.Tab:
+        """The tab `name`; its `select` tells when it is shown. Of the tabs after one's own, in `on_load` and later."""
+        return self._tabs[name]
+
+    def on_load(self, function: Callable[..., Any], inputs: Any = None, outputs: Any = None) -> None:
+        """Fill components when the page is opened or loaded again."""
+        self.demo.load(told(function), inputs, outputs, **QUIET)
+
+
+def build_page(studio: Studio) -> gr.Blocks:
+    """The whole page; `launch` takes `style()` and `head()` beside it."""
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as demo:
+        page = Page(studio, demo)
+        page.clock = gr.Timer(1.0)
+        with gr.Row(elem_id="header"):
+            facts = gr.HTML(_header(studio), elem_id="header-facts", padding=False)
+            page.annotator = gr.Textbox(
+                studio.settings.annotator,
+                elem_id="annotator",
+                show_label=False,
+                container=False,
+                placeholder="who labels",
+                max_lines=1,
+                scale=0,
+                min_width=140,
+            )
+            gr.HTML(BUTTONS, elem_id="header-buttons", padding=False)
+        with gr.Tabs(selected="collect", elem_id="tabs") as page.tabs:
+            for name in TABS:
+                page._tabs[name] = gr.Tab(name.capitalize(), id=name, elem_id=f"tab-{name}", render_children=True)
+            for name, build in TABS.items():
+                with page.tab(name):
+                    build(studio, page)
+        gr.HTML(_static("keys.html"), elem_id="keys", padding=False)
+        page.clock.tick(lambda: _header(studio), None, facts, **QUIET)
+    return demo
+
+
+def style() -> str:
+    """The page's own CSS: that of the whole, and of each tab."""
+    return "\n".join(_static(f"{name}.css") for name in ("page", *TABS))
+
+
+def head() -> str:
+    """The page's own scripts, as they stand in its head."""
+    scripts = "\n".join(_static(f"{name}.js") for name in ("page", *TABS))
+    return f"<script>\n{scripts}\n</script>" if scripts.strip() else ""
+
+
+BUTTONS = (
+    '<button id="keys-button" title="the keys (?)" aria-label="the keys">?</button>'
+    '<button id="theme-button" title="light or dark" aria-label="light or dark">&#9790;</button>'
+)
+
+
+def _header(studio: Studio) -> str:
+    facts = studio.facts()
+    used, free = facts.base_bytes / 2**30, facts.free_bytes / 2**30
+    pairs = studio.store.count(kinds=("pair", "battle", "ranking"))
+    parts = [
+        f"<b>{html.escape(TITLE)}</b>",
+        f"{html.escape(facts.model)} · {html.escape(facts.quantize)}",
+        f"{_counted(facts.copies, 'copy', 'copies')}, {_counted(facts.adapters, 'adapter', 'adapters')}",
+        f"base {_size(used)}, {_size(free)} free",
+        _counted(pairs, "pair", "pairs"),
+    ]
+    mark = "busy" if facts.doing != "idle" else "idle"
+    state = f'<span class="doing {mark}" id="doing">{html.escape(facts.doing)}</span>'
+    return f'<div class="facts">{"".join(f"<span>{part}</span>" for part in parts)}{state}</div>'
+
+
+def _size(gib: float) -> str:
+    return f"{gib:.1f} GB" if gib >= 1 else f"{gib * 1024:.0f} MB"
+
+
+def _counted(count: int, one: str, several: str) -> str:
+    return f"{count} {one if count == 1 else several}"
+
+
+def _static(name: str) -> str:
+    file = files(__package__) / "static" / name
+    return file.read_text(encoding="utf-8") if file.is_file() else ""

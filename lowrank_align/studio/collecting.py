@@ -1,0 +1,384 @@
+"""A desk: one annotator, one pair at a time, the next one drawn ahead; everything decided is in the store at once."""
+
+import logging
+import random
+import secrets
+import threading
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from lowrank_align.errors import UserError
+from lowrank_align.store import Entry, Judgement, Stale, Text
+from lowrank_align.studio.answers import Source
+from lowrank_align.studio.pairs import Pair, Plan, drawn, drawn_again, from_store, repeated
+from lowrank_align.studio.speaking import COLLECT
+
+if TYPE_CHECKING:
+    from lowrank_align.studio.studio import Studio
+
+log = logging.getLogger(__name__)
+
+REPEAT_EVERY = 10
+UNDO_UP_TO = 10
+POOL = 4  # pairs that are drawn to find the most informative of them
+PACE_OVER = 20  # votes
+BREAK_SECONDS = 300.0  # a longer pause is none of the pace
+NOTHING_TO_SHOW = "no prompt: type one, or add a file of prompts to the queue"
+
+
+@dataclass
+class Draft:
+    """What was said of the pair on the desk before the vote."""
+
+    strength: int | None = None
+    reason: str = ""
+    tags: tuple[str, ...] = ()
+    edits: dict[int, str] = field(default_factory=dict)  # by completion
+
+
+@dataclass(frozen=True)
+class Voted:
+    """What a vote did."""
+
+    entry: Entry
+    sources: tuple[str, ...]  # of the answers as they stood, left first
+
+
+class Desk:
+    """What one annotator has before them. Safe to use from any thread and several tabs."""
+
+    def __init__(self, studio: "Studio", annotator: str) -> None:
+        self._studio, self._store, self.annotator = studio, studio.store, annotator
+        self._lock = threading.RLock()
+        self._rng = random.Random(secrets.randbits(64))
+        self._waiting: list[Pair] = []  # drawn ahead
+        self._set_aside: list[Pair] = []  # that an undo pushed from the desk, to come back next
+        self._votes: list[float] = []  # when, for the pace
+        self._since_repeat = 0
+        self.current: Pair | None = None
+        self.version = 0  # of the judgement of the pair on the desk: above 0 once it was judged
+        self.held = False  # both were bad, and a better answer may be written
+        self.draft = Draft()
+        self.began = time.monotonic()
+        source = Source(temperature=studio.settings.temperature, max_new_tokens=studio.settings.max_new_tokens)
+        self.plan = Plan(sources=(source, source))
+        self._take_up()
+
+    # ---- what comes next
+
+    def ask(self, prompt: str, system: str = "") -> Pair:
+        """Put a prompt that was typed on the desk. UserError where it is empty."""
+        if not prompt.strip():
+            raise UserError("the prompt is empty: type one, or take the next from the queue")
+        messages = [{"role": "system", "content": system.strip()}] if system.strip() else []
+        return self._begin([*messages, {"role": "user", "content": prompt.strip()}])
+
+    def go_on(self, question: str, pair_id: str) -> Pair:
+        """Go on from the answer that was chosen in the last decided pair, with another question.
+
+        UserError where nothing was chosen yet, or where the prompt is plain text.
+        """
+        if not question.strip():
+            raise UserError("the next question is empty")
+        entry = self._store.entry(pair_id, self.annotator)
+        best = None if entry is None else best_answer(entry)
+        if entry is None or best is None:
+            raise UserError("go on from which answer? Decide the pair first: the better answer becomes the next turn")
+        if isinstance(entry.record.prompt, str):
+            raise UserError("a prompt of plain text has no next turn; type a new prompt")
+        said = best if isinstance(best, list) else [{"role": "assistant", "content": best}]
+        return self._begin([*entry.record.prompt, *said, {"role": "user", "content": question.strip()}])
+
+    def next(self) -> Pair:
+        """The next pair: one that an undo set aside, an old one again, a second opinion, or the queue's next.
+
+        UserError where there is none. What was on the desk undecided is dropped.
+        """
+        with self._lock:
+            pair = self._next_pair()
+            if pair is None:
+                self._clear()
+                raise UserError(NOTHING_TO_SHOW)
+            self._put_down(pair)
+            return pair
+
+    def change_plan(self, plan: Plan) -> None:
+        """Other sources, or another order: what was drawn ahead is drawn anew. UserError for a source that is none."""
+        known = [*self._studio.voices.names()]
+        for source in plan.sources:
+            if source.voice not in known:
+                raise UserError(f"{source.voice}: no such adapter (there are: {', '.join(known)})")
+        if not 2 <= plan.count <= 6:
+            raise UserError(f"{plan.count} answers: must be 2 to 6")
+        with self._lock:
+            if plan != self.plan:
+                self.plan = plan
+                self._drop_waiting()
+                self._look_ahead()
+
+    def look_ahead(self) -> None:
+        """Begin the next pair already; nothing where it is begun."""
+        with self._lock:
+            self._look_ahead()
+
+    # ---- decisions
+
+    def vote(
+        self,
+        pair_id: str,
+        choice: str,
+        *,
+        draft: Draft | None = None,
+        ranks: tuple[float, ...] | None = None,
+        event_id: str | None = None,
+    ) -> Voted:
+        """Decide the pair: "a" or "b" (left or right is better), "tie", "bad", "skip", or "rank" with `ranks`.
+
+        `ranks` are by side, left first. It is in the store when this returns. All but "bad" clear the desk; "bad" holds
+        the pair, so that a better answer may be written. Stale where another tab has decided; UserError where there is
+        nothing to decide.
+        """
+        with self._lock:
+            pair = self._on_desk(pair_id)
+            if self.held:
+                raise UserError("this pair is decided: E writes a better answer, G goes on, U takes it back")
+            self._keep(draft)
+            if not pair.done and choice != "skip" and any(not pair.text(i) for i in range(pair.count)):
+                raise UserError("an answer has not begun yet: wait for its first words, or skip (S)")
+            if pair.error and choice != "skip":
+                raise UserError(f"{pair.error}; skip this prompt (S) or try again (G)")
+            streaming = not pair.done
+            pair.stop()
+            judgement = self._judgement(pair, choice, ranks, streaming)
+            record = pair.to_record(self._studio)
+            self._store.add(record)
+            self.version = self._store.judge(
+                record.id, self.annotator, judgement, expected_version=self.version, event_id=event_id
+            )
+            pair.record = record
+            self._count_vote(pair)
+            entry = self._store.entry(record.id, self.annotator)
+            assert entry is not None
+            if choice == "bad":
+                self.held = True
+            else:
+                self._clear()
+            return Voted(entry, tuple(record.completions[i].source for i in pair.shown or range(pair.count)))
+
+    def write(self, pair_id: str, text: str, *, event_id: str | None = None) -> Voted:
+        """A better answer than both, to a pair that is held: kept, and the pair leaves the desk."""
+        with self._lock:
+            pair = self._on_desk(pair_id)
+            if not self.held or pair.record is None:
+                raise UserError("first say that both are bad (X); then a better answer can be written")
+            if not text.strip():
+                raise UserError("the better answer is empty: write it, or go on with G")
+            entry = self._store.entry(pair.id, self.annotator)
+            assert entry is not None
+            judgement = replace(entry.judgement, written=as_before(pair.record.completions[0].content, text))
+            self._store.judge(
+                pair.id, self.annotator, judgement, expected_version=self.version, event_id=event_id, kind="edit"
+            )
+            entry = self._store.entry(pair.id, self.annotator)
+            assert entry is not None
+            self._clear()
+            return Voted(entry, ("written",))
+
+    def undo(self, event_id: str | None = None) -> Pair:
+        """Take the last decision back: the pair is on the desk again as it was, with what was said of it.
+
+        UserError where there is nothing (of the last ten) to take back.
+        """
+        with self._lock:
+            recent = [e for e in self._store.recent(self.annotator, UNDO_UP_TO) if e.record.kind in ("pair", "ranking")]
+            if not recent:
+                raise UserError("nothing to undo")
+            entry = recent[0]
+            self._store.undo(entry.record.id, self.annotator, expected_version=entry.version, event_id=event_id)
+            if self.current is not None and self.current.id != entry.record.id:
+                self._set_aside.append(self.current)
+            said = entry.judgement
+            draft = Draft(said.strength, said.reason, said.tags, dict(said.edits))
+            self._put_down(from_store(entry.record), draft)
+            after = self._store.entry(entry.record.id, self.annotator)
+            self.version = after.version if after else entry.version + 1
+            self.held = after is not None and after.judgement.verdict == "bad"
+            if self._votes:
+                self._votes.pop()
+            return from_store(entry.record)
+
+    def keep_draft(self, pair_id: str, draft: Draft) -> None:
+        """What is said of the pair so far, for a reload or another tab."""
+        with self._lock:
+            if self.current is not None and self.current.id == pair_id:
+                self._keep(draft)
+
+    def pace(self) -> float | None:
+        """Decisions a minute over the last ones, long pauses aside; None before the third."""
+        gaps = [b - a for a, b in zip(self._votes, self._votes[1:], strict=False) if b - a < BREAK_SECONDS]
+        return 60 * len(gaps) / sum(gaps) if len(gaps) >= 2 and sum(gaps) > 0 else None
+
+    # ---- inside: what is on the desk
+
+    def _begin(self, prompt: Text) -> Pair:
+        with self._lock:
+            if self.current is not None and not self.held and self.current.record is None:
+                self.current.stop()
+            pair = drawn(self._studio, self.plan, prompt, rng=self._rng)
+            self._put_down(pair)
+            return pair
+
+    def _on_desk(self, pair_id: str) -> Pair:
+        if self.current is None:
+            raise Stale("nothing is on the desk: G brings the next pair")
+        if self.current.id != pair_id:
+            raise Stale("this pair was decided or changed in another tab; the one on the desk now is shown")
+        return self.current
+
+    def _put_down(self, pair: Pair, draft: Draft | None = None) -> None:
+        for answer in pair.answers:
+            answer.hurry(COLLECT)
+        self.current, self.version, self.held, self.draft = pair, 0, False, draft or Draft()
+        self.began = time.monotonic()
+        self._remember()
+        self._look_ahead()
+
+    def _clear(self) -> None:
+        self.current, self.version, self.held, self.draft = None, 0, False, Draft()
+        self._remember()
+
+    def _keep(self, draft: Draft | None) -> None:
+        if draft is not None:
+            self.draft = draft
+            self._remember()
+
+    def _judgement(
+        self, pair: Pair, choice: str, ranks: tuple[float, ...] | None, streaming: bool
+    ) -> Judgement:
+        sides = pair.shown or tuple(range(pair.count))
+        by_side: dict[str, tuple[str, tuple[float, ...] | None]] = {
+            "a": ("preferred", (1.0, 2.0)),
+            "b": ("preferred", (2.0, 1.0)),
+            "tie": ("tie", (1.0,) * pair.count),
+            "bad": ("bad", None),
+            "skip": ("skip", None),
+            "rank": ("ranked", ranks),
+        }
+        if choice not in by_side:
+            raise UserError(f"{choice}: no such vote (a, b, tie, bad, skip, rank)")
+        if choice in ("a", "b") and pair.count != 2:
+            raise UserError(f"{pair.count} answers are ranked: give their order, best first")
+        verdict, shown_ranks = by_side[choice]
+        if choice == "rank" and (shown_ranks is None or len(shown_ranks) != pair.count):
+            raise UserError(f"give every one of the {pair.count} answers its place, best first")
+        found = None
+        if shown_ranks is not None:
+            rank_of = dict(zip(sides, shown_ranks, strict=True))
+            found = tuple(rank_of[i] for i in range(pair.count))
+        edits = {
+            i: as_before(pair.verbatim(i), text)
+            for i, text in self.draft.edits.items()
+            if text.strip() and text.strip() != pair.text(i).strip()
+        }
+        return Judgement(
+            verdict=verdict,  # type: ignore[arg-type]
+            ranks=found,
+            strength=self.draft.strength if choice in ("a", "b", "rank") else None,
+            reason=self.draft.reason.strip(),
+            tags=self.draft.tags,
+            edits=edits,
+            seconds=round(time.monotonic() - self.began, 2),
+            streaming=streaming,
+        )
+
+    def _count_vote(self, pair: Pair) -> None:
+        self._votes = [*self._votes[-PACE_OVER:], time.monotonic()]
+        self._since_repeat = 0 if pair.repeat_of else self._since_repeat + 1
+
+    # ---- inside: what comes next
+
+    def _next_pair(self) -> Pair | None:
+        if self._set_aside:
+            return self._set_aside.pop()
+        if self.plan.repeats and self._since_repeat >= REPEAT_EVERY - 1 and (old := self._old_pair()):
+            return old
+        if self.plan.second_opinions and (other := self._judged_by_others()):
+            return other
+        self._look_ahead()
+        if not self._waiting:
+            return None
+        ready = [pair for pair in self._waiting if pair.gap is not None]
+        pair = min(ready, key=lambda p: p.gap or 0.0) if self.plan.informative and ready else self._waiting[0]
+        self._waiting.remove(pair)
+        return pair
+
+    def _look_ahead(self) -> None:
+        """Draw for the queue's next prompts, so that a decision is followed by a pair at once."""
+        wanted = POOL if self.plan.informative else 1
+        busy = {pair.queue_id for pair in (self.current, *self._waiting, *self._set_aside) if pair and pair.queue_id}
+        missing = wanted - len(self._waiting)
+        if missing <= 0:
+            return
+        for queued in self._store.queue(self.annotator, limit=missing, without=tuple(busy)):
+            pair = drawn(self._studio, self.plan, queued.prompt, queue_id=queued.id, ahead=True, rng=self._rng)
+            self._waiting.append(pair)
+
+    def _old_pair(self) -> Pair | None:
+        old = self._store.entries(annotator=self.annotator, kinds=("pair",), verdicts=("preferred", "tie"), limit=500)
+        old = [entry for entry in old if entry.record.repeat_of is None][REPEAT_EVERY // 2 :]  # not the freshest ones
+        return repeated(self._rng.choice(old).record, self._rng) if old else None
+
+    def _judged_by_others(self) -> Pair | None:
+        mine = {entry.record.id for entry in self._store.entries(annotator=self.annotator)}
+        for entry in self._store.entries(kinds=("pair", "ranking"), newest_first=False):
+            if entry.record.id not in mine and entry.record.repeat_of is None and entry.judgement.verdict != "skip":
+                return from_store(entry.record)
+        return None
+
+    def _drop_waiting(self) -> None:
+        for pair in self._waiting:
+            pair.stop()
+        self._waiting = []
+
+    # ---- inside: what survives a restart
+
+    def _remember(self) -> None:
+        pair = self.current
+        note: dict[str, Any] | None = None
+        if pair is not None and pair.answers and pair.record is None:
+            note = {"pair": pair.to_note(), "draft": vars(self.draft) | {"tags": list(self.draft.tags)}}
+        self._store.note(f"desk/{self.annotator}", note)
+
+    def _take_up(self) -> None:
+        """What was on the desk when the studio last ended: the same pair again, with what was said of it."""
+        note = self._store.noted(f"desk/{self.annotator}", None)
+        if not note:
+            return
+        try:
+            said = note["draft"]
+            edits = {int(k): str(v) for k, v in said["edits"].items()}
+            draft = Draft(said["strength"], said["reason"], tuple(said["tags"]), edits)
+            pair = drawn_again(self._studio, note["pair"])
+        except (KeyError, TypeError, ValueError):  # written by an older version
+            log.info("what was on %s's desk cannot be taken up; the queue goes on", self.annotator)
+            return
+        self._put_down(pair, draft)
+
+
+def best_answer(entry: Entry) -> Text | None:
+    """What the annotator thinks is the best answer to the prompt: written, mended or chosen; None where none is."""
+    said = entry.judgement
+    if said.written:
+        return said.written
+    if not said.ranks or said.verdict not in ("preferred", "ranked"):
+        return None
+    best = min(range(len(said.ranks)), key=lambda i: said.ranks[i] if said.ranks else 0.0)
+    return said.edits.get(best) or entry.record.completions[best].content
+
+
+def as_before(original: Text, text: str) -> str:
+    """A mended text with the space before it that the original had: plain text goes on where the prompt ends."""
+    if not isinstance(original, str):
+        return text.strip()
+    return original[: len(original) - len(original.lstrip())] + text.strip()

@@ -1,0 +1,178 @@
+"""What the page works with: one base, one store, one speaker, and everything that is done with them."""
+
+import logging
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank_align import __version__
+from lowrank_align.base import Base
+from lowrank_align.config import StudioSettings
+from lowrank_align.data.chat import Renderer
+from lowrank_align.data.formats import parse_row
+from lowrank_align.errors import UserError
+from lowrank_align.loading import check_device, read_config, read_tokenizer
+from lowrank_align.memory import free_bytes
+from lowrank_align.preset_check import from_preset, preset_lines
+from lowrank_align.store import Store, Text
+from lowrank_align.studio.answers import Answer, Source, draw
+from lowrank_align.studio.collecting import Desk
+from lowrank_align.studio.speaking import COLLECT, Speaker
+from lowrank_align.studio.training import Trainer
+from lowrank_align.studio.voices import BASE, Voices
+from lowrank_align.trees import TreeRow
+
+log = logging.getLogger(__name__)
+
+SEEDS = 2**31
+IMPLICIT = "implicit:"  # before a voice's name: its implicit reward instead of a reward run's score
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the header tells."""
+
+    model: str
+    quantize: str
+    copies: int
+    adapters: int
+    base_bytes: int
+    free_bytes: int
+    doing: str
+
+
+class Studio:
+    """Everything behind the page. Its parts are safe to use from any thread; the base is touched in turns only."""
+
+    def __init__(self, base: Base, renderer: Renderer, store: Store, settings: StudioSettings) -> None:
+        self.base, self.renderer, self.store, self.settings = base, renderer, store, settings
+        self.runs = Path(settings.runs).expanduser()
+        self.voices = Voices(base, self.runs, tuple(settings.adapter or ()))
+        self.speaker = Speaker(base)
+        self.trainer = Trainer(self)
+        self._desks: dict[str, Desk] = {}
+
+    @classmethod
+    def open(cls, settings: StudioSettings, store: Store | None = None) -> "Studio":
+        """Check everything, load the base, open the store; UserError where something is wrong."""
+        check_device(settings.device, settings.quantize, settings.attention)
+        tokenizer, context = read_tokenizer(settings.model)
+        renderer = Renderer(
+            tokenizer,
+            chat_template=settings.chat_template,
+            max_length=min(settings.max_length, context),
+            thinking=settings.thinking,
+            thinking_if_possible=from_preset(settings, "thinking"),
+        )
+        for line in preset_lines(settings, renderer, read_config(settings.model)):
+            log.info("%s", line)
+        base = Base.load(
+            settings.model,
+            quantize=settings.quantize,
+            device=settings.device,
+            dtype=settings.dtype,
+            attention=settings.attention,
+        )
+        base.model.eval()
+        return cls(base, renderer, store or Store(Path(settings.store).expanduser()), settings)
+
+    # ---- answers
+
+    def answer(self, prompt: Text, source: Source, *, seed: int | None = None, urgency: int = COLLECT) -> Answer:
+        """Begin an answer and come back at once; without a seed, one of its own."""
+        seed = secrets.randbelow(SEEDS) if seed is None else seed
+        return draw(self.base, self.renderer, self.voices, self.speaker, prompt, source, seed, urgency)
+
+    def scores(self, reward: str, prompt: Text, completions: Sequence[Text]) -> list[float]:
+        """The shifted scores of a reward run, one a completion; UserError where one cannot be scored (too long)."""
+        tree = self._tree(prompt, completions)
+
+        def score() -> list[float]:
+            with self.base.role(self.voices.voice(reward).role), torch.no_grad():
+                found: list[float] = self.base.scores(self.base.collate([tree]), shifted=True).tolist()
+            return found
+
+        return self.speaker.call(score)
+
+    def implicit_rewards(self, voice: str, prompt: Text, completions: Sequence[Text]) -> list[float]:
+        """log pi(y|x) - log base(y|x) in nats, one a completion: DPO's implicit reward without its beta."""
+        tree = self._tree(prompt, completions)
+
+        def measure() -> list[float]:
+            batch = self.base.collate([tree])
+            logps = []
+            for role in (self.voices.voice(voice).role, self.voices.voice(BASE).role):
+                with self.base.role(role), torch.no_grad():
+                    logps.append(self.base.token_scores(batch).logps)
+            found: list[float] = (logps[0] - logps[1]).tolist()
+            return found
+
+        return self.speaker.call(measure)
+
+    def gap(self, judge: str, prompt: Text, completions: Sequence[Text]) -> float:
+        """How far a judge (a reward run, or `implicit:VOICE`) sees two answers apart; a small gap is informative."""
+        voice = judge.removeprefix(IMPLICIT)
+        if voice != judge:
+            first, second = self.implicit_rewards(voice, prompt, completions)
+        else:
+            first, second = self.scores(judge, prompt, completions)
+        return abs(first - second)
+
+    def _tree(self, prompt: Text, completions: Sequence[Text]) -> TreeRow:
+        """The completions as tokens; each as a ranking would have it, so that all are kept in their order."""
+        ranks = list(range(1, len(completions) + 1))
+        if len(completions) == 1:
+            raw: dict[str, Any] = {"prompt": prompt, "completion": completions[0], "score": 0.0}
+        else:
+            raw = {"prompt": prompt, "completions": list(completions), "ranks": ranks}
+        rendered = self.renderer.tree_row(parse_row(raw, "these answers", 0))
+        if rendered.tree is None:
+            raise UserError(f"these answers cannot be scored: {rendered.dropped}")
+        return rendered.tree
+
+    # ---- people
+
+    def desk(self, annotator: str) -> Desk:
+        """Where this annotator collects; the same one in every tab, made when first asked for."""
+        name = " ".join(annotator.split())[:60] or self.settings.annotator
+        return self._desks.setdefault(name, Desk(self, name))
+
+    # ---- facts
+
+    def versions(self) -> dict[str, Any]:
+        """What a row keeps of what made it."""
+        return {
+            "lowrank_align": __version__,
+            "base": self.base.name,
+            "base_hash": self.base.weights_hash,
+            "quantize": self.base.quantize,
+            "template_hash": self.renderer.template_hash(),
+        }
+
+    def facts(self) -> Facts:
+        """For the header; cheap."""
+        adapters = sum(role.adapter is not None for role in self.base.roles.values())
+        return Facts(
+            model=Path(self.base.name).name,
+            quantize={"nf4": "NF4", "int8": "8-bit", "none": "not quantised"}[self.base.quantize],
+            copies=1,
+            adapters=adapters,
+            base_bytes=self.base.frozen_bytes(),
+            free_bytes=free_bytes(self.base.device),
+            doing=self.doing(),
+        )
+
+    def doing(self) -> str:
+        """What the machine is at, in a few words."""
+        words = self.trainer.in_words()
+        return words or ("answering" if self.speaker.busy else "idle")
+
+    def close(self) -> None:
+        """Stop a run at its next step boundary and wait for its save, end the speaker, close the store."""
+        self.trainer.close()
+        self.speaker.close()
+        self.store.close()
