@@ -5,20 +5,18 @@ Thresholds follow axolotl's training monitors where they have one: DPO accuracy 
 falling while the margin grows, groups without variance under .8, KL a token under .5 (over 2 is bad).
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lowrank_align.studio.series import SETTLED_STEPS, Figures, Series
+
 Level = Literal["good", "watch", "bad"]
-Figures = Sequence[Mapping[str, float | None]]  # one mapping a logged step, oldest first; None: it was not finite
 
 FEW_STEPS = 5  # fewer say nothing
-SETTLED_STEPS = 12  # from here on, what has not moved yet may be told
-SHARE_COMPARED = 5  # the first fifth of the steps against the last
-LEAST_COMPARED = 3
-STANDS_OUT = 2.0  # standard errors
 FALL_OF_MARGIN = (0.25, 1.0)  # the chosen answers' fall as a part of the margin: to watch, and bad
+FALL_OF_LOGPS = 0.1  # of their log-probs: a little is lost in every good run (docs/log.md)
+LEAST_MARGIN = 0.05  # below it, a share of the margin is noise
 STUCK_ACCURACY, LEARNT_ACCURACY = 0.55, 0.7
 KL_A_TOKEN = (0.5, 2.0)  # nats
 COLLAPSED_NATS, COLLAPSED_SHARE = 0.05, 0.2  # of entropy: nats a token, and what is left of the beginning's
@@ -41,23 +39,6 @@ class Remark:
     do: str = ""
 
 
-@dataclass(frozen=True)
-class Change:
-    """A series' mean over its first and over its last steps, and the standard error of their difference."""
-
-    before: float
-    after: float
-    error: float
-
-    @property
-    def rises(self) -> bool:
-        return self.after - self.before > STANDS_OUT * self.error and self.after > self.before
-
-    @property
-    def falls(self) -> bool:
-        return self.before - self.after > STANDS_OUT * self.error and self.after < self.before
-
-
 def health(method: str, figures: Figures) -> list[Remark]:
     """Remarks on a run of `method`, the gravest first; exactly one where there is nothing to mind."""
     run = Series(method, figures)
@@ -66,54 +47,6 @@ def health(method: str, figures: Figures) -> list[Remark]:
     if run.steps < FEW_STEPS:
         return found or [Remark("watch", "Too few steps to say how it goes.", f"Wait for {FEW_STEPS} steps.")]
     return found or [Remark("good", _all_is_well(run))]
-
-
-class Series:
-    """The figures by name."""
-
-    def __init__(self, method: str, figures: Figures) -> None:
-        self.method, self.steps = method, len(figures)
-        self._figures = figures
-
-    def values(self, name: str) -> list[float]:
-        """The finite values of a metric in the order of the steps."""
-        found = (entry.get(name) for entry in self._figures)
-        return [value for value in found if value is not None and math.isfinite(value)]
-
-    def last(self, name: str) -> float | None:
-        """The mean over the last steps; None where there is no value."""
-        values = self.values(name)
-        return _mean(values[-_compared(len(values)) :]) if values else None
-
-    def first_of(self, names: Sequence[str]) -> str | None:
-        """The first of the metrics that the run has."""
-        return next((name for name in names if self.values(name)), None)
-
-    def last_is_finite(self, name: str) -> bool:
-        """Whether the newest step has a finite value; true where it logs no such metric."""
-        if not self._figures or name not in self._figures[-1]:
-            return True
-        value = self._figures[-1][name]
-        return value is not None and math.isfinite(value)
-
-    def change(self, name: str | None, least: int = SETTLED_STEPS) -> Change | None:
-        """From the first steps to the last; None with fewer than `least` values."""
-        values = self.values(name) if name else []
-        if len(values) < max(least, 2):
-            return None
-        count = _compared(len(values))
-        # Between neighbours a trend hardly shows, so their differences measure the noise: var(a - b) = 2 var.
-        squares = [(b - a) ** 2 for a, b in zip(values, values[1:], strict=False)]
-        noise = math.sqrt(_mean(squares) / 2)
-        return Change(_mean(values[:count]), _mean(values[-count:]), noise * math.sqrt(2 / count))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def _compared(count: int) -> int:
-    return max(LEAST_COMPARED, count // SHARE_COMPARED)
 
 
 # ---- numbers
@@ -137,14 +70,17 @@ def _loss_not_falling(run: Series) -> Remark | None:
     moved = f"{change.before:.3g} to {change.after:.3g}"
     if change.rises:
         return Remark("bad", f"The loss rises ({moved}).", "Lower the learning rate.")
-    return Remark("watch", f"The loss does not fall ({moved}).", "Raise the learning rate, or train for more steps.")
+    do = "Raise the learning rate or the rounds, unless the model knew these rows before."
+    return Remark("watch", f"The loss does not fall ({moved}).", do)
 
 
 def _held_out_rises(run: Series) -> Remark | None:
     values = run.values("eval_loss")
     if len(values) < 3 or not (values[-1] > values[-2] > min(values)):
         return None
-    what = f"The loss on held-out rows rises again ({min(values):.3g} to {values[-1]:.3g}): it learns the rows by heart."
+    what = (
+        f"The loss on held-out rows rises again ({min(values):.3g} to {values[-1]:.3g}): it learns the rows by heart."
+    )
     return Remark("watch", what, "Stop here, train for fewer rounds, or set early_stopping.")
 
 
@@ -158,7 +94,9 @@ def _stuck(run: Series) -> Remark | None:
     if accuracy is None or change is None or change.rises or accuracy > STUCK_ACCURACY:
         return None
     what = f"Accuracy stays near 0.5 (now {accuracy:.2f}): the choices are not learned."
-    return Remark("watch", what, "Raise the learning rate or the rounds; if that changes nothing, look for contradictions.")
+    return Remark(
+        "watch", what, "Raise the learning rate or the rounds; if that changes nothing, look for contradictions."
+    )
 
 
 def _margin_not_positive(run: Series) -> Remark | None:
@@ -176,17 +114,17 @@ def _chosen_fall(run: Series) -> Remark | None:
     if margin is None or margin <= 0 or run.steps < FEW_STEPS:
         return None
     do = "Lower the learning rate, raise beta, or add an NLL term on the chosen answers where the loss has one."
-    if chosen is None:
-        change = run.change("logps/chosen")
-        falls = change is not None and change.falls and change.before - change.after > 1.0
-        return Remark("watch", "The chosen answers' log-probs fall while the margin grows.", do) if falls else None
-    share = -chosen / margin
-    if share < FALL_OF_MARGIN[0] or margin < 0.05:
+    share = -chosen / margin if chosen is not None and margin >= LEAST_MARGIN else 0.0
+    if share >= FALL_OF_MARGIN[1]:
+        what = f"Chosen log-probs fall by more than the margin grows (reward {chosen:.2f}, margin {margin:.2f})."
+        return Remark("bad", what, do)
+    logps = run.change("logps/chosen")
+    if logps is None or not logps.falls or logps.before - logps.after < FALL_OF_LOGPS * abs(logps.before):
         return None
-    what = "Chosen log-probs fall"
-    if share < FALL_OF_MARGIN[1]:
-        return Remark("watch", f"{what} (reward {chosen:.2f}) while the margin grows ({margin:.2f}).", do)
-    return Remark("bad", f"{what} by more than the margin grows (reward {chosen:.2f}, margin {margin:.2f}).", do)
+    if chosen is not None and share < FALL_OF_MARGIN[0]:
+        return None
+    moved = f"{logps.before:.1f} to {logps.after:.1f} nats"
+    return Remark("watch", f"Chosen log-probs fall ({moved}) while the margin grows ({margin:.2f}).", do)
 
 
 def _memorised(run: Series) -> Remark | None:
@@ -229,7 +167,9 @@ def _hacking(run: Series) -> Remark | None:
         return None
     if length.after < LONGER * length.before:
         return None
-    what = f"Score, KL and length all climb ({length.before:.0f} to {length.after:.0f} tokens): it may write long to please."
+    what = (
+        f"Score, KL and length all climb ({length.before:.0f} to {length.after:.0f} tokens): does it only write more?."
+    )
     return Remark("watch", what, "Read the samples; if they only got longer, raise the KL coefficient.")
 
 
