@@ -181,6 +181,35 @@ class ChatSettings(ModelSettings):
     """Conversation and answer together in tokens (at most the model's context); the oldest turns are left out first."""
 
 
+class StudioSettings(ModelSettings):
+    """The local page: collect pairs, chat, train, compare."""
+
+    model: str = "tiny"
+    """The base: a model folder, a hub id, or `tiny`. A preset names one."""
+    adapter: list[str] | None = None  # type: ignore[assignment]
+    """Runs (or PEFT adapter folders) to offer beside those in RUNS."""
+    store: str = "studio.db"
+    """The SQLite file of everything that is judged; made where it is not there."""
+    runs: str = "runs"
+    """The folder of the runs that are offered, and where Train puts new ones."""
+    annotator: str = "me"
+    """Who labels, unless the page says another name."""
+    host: str = "127.0.0.1"
+    """The address to listen on. Another than this machine's own also needs --allow-host and a password."""
+    allow_host: list[str] | None = None
+    """Names or addresses under which browsers may reach the page."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 7860
+    """The port to listen on."""
+    browser: bool = True
+    """Open the page in the browser."""
+    temperature: Coefficient = 0.8
+    """At which answers are drawn to begin with; the page can change it."""
+    max_new_tokens: Positive = 256
+    """The longest answer in tokens to begin with."""
+    max_length: Positive = 4096
+    """Prompt and answer together in tokens (at most the model's context)."""
+
+
 class DoctorSettings(Settings):
     """Whether this machine can do what the toolkit does, and what to do where it cannot."""
 
@@ -198,5 +227,6 @@ COMMANDS: dict[str, type[Settings]] = {
     "score": ScoreSettings,
     "logps": LogpsSettings,
     "export": ExportSettings,
+    "studio": StudioSettings,
     "doctor": DoctorSettings,
 }

@@ -144,9 +144,7 @@ def _drawn(answer: Answer, base: Base, renderer: Renderer, voices: Voices, promp
 def _tokens(answer: Answer, base: Base, renderer: Renderer, role: str, prompt: Text) -> Iterator[None]:
     source = answer.source
     messages: str | list[Message] = (
-        prompt
-        if isinstance(prompt, str)
-        else [Message(role=turn["role"], content=turn["content"]) for turn in prompt]
+        prompt if isinstance(prompt, str) else [Message(role=turn["role"], content=turn["content"]) for turn in prompt]
     )
     ids, answer.left_out = fitting_prompt(messages, renderer, source.max_new_tokens, context_of(base, renderer))
     sampling = Sampling(source.max_new_tokens, source.temperature, source.top_p)

@@ -1,10 +1,12 @@
 """A desk: one annotator, one pair at a time, the next one drawn ahead; everything decided is in the store at once."""
 
+import contextlib
 import logging
 import random
 import secrets
 import threading
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +104,34 @@ class Desk:
                 raise UserError(NOTHING_TO_SHOW)
             self._put_down(pair)
             return pair
+
+    def bring_next(self) -> None:
+        """The next pair where there is one; otherwise an empty desk."""
+        with self._lock, contextlib.suppress(UserError):
+            self.next()
+
+    def draw_again(self) -> Pair:
+        """Other answers to the same prompt."""
+        with self._lock:
+            if self.current is None:
+                raise UserError(NOTHING_TO_SHOW)
+            pair = self.current
+            pair.stop()
+            again = drawn(self._studio, self.plan, pair.prompt, queue_id=pair.queue_id, rng=self._rng)
+            self._put_down(again)
+            return again
+
+    def stop_side(self, pair_id: str, side: int) -> None:
+        """Somebody writes in this answer: it grows no further."""
+        with self._lock:
+            pair = self._on_desk(pair_id)
+            sides = pair.shown or tuple(range(pair.count))
+            if pair.record is None and side < len(sides):
+                pair.answers[sides[side]].stop()
+
+    def locked(self) -> AbstractContextManager[Any]:
+        """Nothing on the desk changes within."""
+        return self._lock
 
     def change_plan(self, plan: Plan) -> None:
         """Other sources, or another order: what was drawn ahead is drawn anew. UserError for a source that is none."""
@@ -223,7 +253,9 @@ class Desk:
 
     def _begin(self, prompt: Text) -> Pair:
         with self._lock:
-            if self.current is not None and not self.held and self.current.record is None:
+            if self.current is not None and self.current.queue_id and self.current.record is None:
+                self._set_aside.append(self.current)  # it waits for its decision
+            elif self.current is not None:
                 self.current.stop()
             pair = drawn(self._studio, self.plan, prompt, rng=self._rng)
             self._put_down(pair)
@@ -253,9 +285,7 @@ class Desk:
             self.draft = draft
             self._remember()
 
-    def _judgement(
-        self, pair: Pair, choice: str, ranks: tuple[float, ...] | None, streaming: bool
-    ) -> Judgement:
+    def _judgement(self, pair: Pair, choice: str, ranks: tuple[float, ...] | None, streaming: bool) -> Judgement:
         sides = pair.shown or tuple(range(pair.count))
         by_side: dict[str, tuple[str, tuple[float, ...] | None]] = {
             "a": ("preferred", (1.0, 2.0)),

@@ -13,17 +13,18 @@ from lowrank_align import __version__
 from lowrank_align.base import Base
 from lowrank_align.config import StudioSettings
 from lowrank_align.data.chat import Renderer
-from lowrank_align.data.formats import parse_row
+from lowrank_align.data.formats import Shape, parse_row
+from lowrank_align.data.load import load_rows
 from lowrank_align.errors import UserError
 from lowrank_align.loading import check_device, read_config, read_tokenizer
 from lowrank_align.memory import free_bytes
 from lowrank_align.preset_check import from_preset, preset_lines
-from lowrank_align.store import Store, Text
+from lowrank_align.store import Enqueued, Store, Text
 from lowrank_align.studio.answers import Answer, Source, draw
 from lowrank_align.studio.collecting import Desk
 from lowrank_align.studio.speaking import COLLECT, Speaker
 from lowrank_align.studio.training import Trainer
-from lowrank_align.studio.voices import BASE, Voices
+from lowrank_align.studio.voices import BASE, LIVE, Voices
 from lowrank_align.trees import TreeRow
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,24 @@ class Studio:
             return found
 
         return self.speaker.call(measure)
+
+    def judges(self) -> list[str]:
+        """Whoever can say how far two answers are apart: reward runs, and trained policies by their implicit reward."""
+        policies = [name for name in self.voices.names() if name not in (BASE, LIVE)]
+        return [*self.voices.rewards(), *(f"{IMPLICIT}{name}" for name in policies)]
+
+    def add_prompts_from(self, path: str) -> Enqueued:
+        """Put the prompts of a file at the end of the queue: rows that have one, or the lines of a .txt file."""
+        file = Path(path)
+        if file.suffix == ".txt":
+            lines = [line.strip() for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
+            found: list[Text] = [[{"role": "user", "content": line}] for line in lines if line]
+        else:
+            rows = load_rows(file, expect={Shape.prompts}).rows
+            found = [row.prompt if isinstance(row.prompt, str) else [dict(m) for m in row.prompt] for row in rows]
+        if not found:
+            raise UserError(f"{file.name}: no prompts")
+        return self.store.enqueue(found, file.name)
 
     def gap(self, judge: str, prompt: Text, completions: Sequence[Text]) -> float:
         """How far a judge (a reward run, or `implicit:VOICE`) sees two answers apart; a small gap is informative."""

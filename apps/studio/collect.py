@@ -1,0 +1,262 @@
+"""Collect: a prompt, its answers side by side, one key that decides, and the next pair is there."""
+
+import html
+from typing import Any
+
+import gradio as gr
+
+from lowrank_align.studio.collecting import Desk, Draft, Voted
+from lowrank_align.studio.collecting_view import SIDES, Shown, decisions, parse_order, shown_now, told_in_words
+from lowrank_align.studio.examples import example_prompts
+from lowrank_align.studio.pairs import Plan
+from lowrank_align.studio.studio import Studio
+
+from .collect_parts import EMPTY, Parts, lay_out
+from .manners import QUIET, told
+
+STREAM_SECONDS = 0.2
+STRENGTHS = {"slightly": 1, "clearly": 2, "by far": 3}
+
+
+def build(studio: Studio, page: Any) -> None:
+    """The tab's components and what they do."""
+    parts = lay_out(studio)
+    Handlers(studio, page, parts).wire()
+
+
+class Handlers:
+    """What happens when something is pressed. All state is on the desk; a page holds only which pair it shows."""
+
+    def __init__(self, studio: Studio, page: Any, parts: Parts) -> None:
+        self.studio, self.page, self.parts = studio, page, parts
+        p = parts
+        self.said = [p.strength, p.reason, p.tags, p.editing, *p.answers]  # what a draft is made of
+        self.desk_view = [
+            p.pair, p.last_pair, p.editing, p.prompt, p.before, p.strength, p.reason, p.tags, p.written_row, p.written,
+            p.order, p.rank_row, p.vote_a, p.vote_b, p.last, p.message, p.count, p.queue, p.empty, p.recent, p.timer,
+            p.draw, *p.columns, *p.answers, *p.states,
+        ]  # fmt: skip
+        self.streaming_view = [p.message, p.timer, *p.answers, *p.states]
+
+    def wire(self) -> None:
+        p, who = self.parts, self.page.annotator
+        view = self.desk_view
+
+        def on(trigger: Any, handler: Any, inputs: list[Any], outputs: Any = None) -> None:
+            trigger(told(handler), inputs, view if outputs is None else outputs, **QUIET)
+
+        for trigger in (p.draw.click, p.prompt.submit):
+            on(trigger, self.draw, [who, p.pair, p.prompt, p.system, *self.said])
+        for choice, button in p.votes.items():
+            on(button.click, self._voter(choice), [who, p.pair, p.order, *self.said])
+        on(p.undo.click, self.undo, [who])
+        on(p.write.click, self.write, [who, p.pair, p.written])
+        on(p.written.submit, self.write, [who, p.pair, p.written])
+        for trigger in (p.go_on.click, p.question.submit):
+            on(trigger, self.go_on, [who, p.last_pair, p.question], [*view, p.question])
+        for side, button in enumerate(p.edits):
+            on(button.click, self._editor(side), [who, p.pair, p.editing, *p.answers],
+               [p.editing, p.written, p.timer, *p.answers])  # fmt: skip
+        on(p.timer.tick, self.stream, [who, p.pair, p.editing], self.streaming_view)
+        on(p.beat.tick, self.beat, [who, p.pair, p.seen, *self.said], [*view, p.seen])
+        on(p.plan_changed, self.change_plan, [who, *p.plan_inputs], [p.message])
+        on(p.upload.upload, self.add_file, [who, p.upload])
+        on(p.paste_add.click, self.add_pasted, [who, p.paste], [*view, p.paste])
+        on(p.examples.click, self.add_examples, [who])
+        on(who.change, self.take_seat, [who])
+        self.page.on_load(self.take_seat, [who], view)
+        self.page.on_load(self.choices, [], p.voice_choices)
+        self.page.tab("collect").select(told(self.choices), [], p.voice_choices, **QUIET)
+
+    # ---- what people do
+
+    def draw(self, who: str, pair: str, prompt: str, system: str, *said: Any) -> list[Any]:
+        """G: a typed prompt; the same prompt once more while the pair is undecided; else the next one."""
+        desk = self.studio.desk(who)
+        now = shown_now(desk)
+        typed = prompt.strip() if prompt.strip() != now.prompt.strip() else ""
+        if typed:
+            desk.ask(typed, system)
+        elif desk.current is not None and not desk.held and desk.current.record is None:
+            desk.draw_again()
+        else:
+            desk.next()
+        return self.view(desk)
+
+    def _voter(self, choice: str) -> Any:
+        def vote(who: str, pair: str, order: str, *said: Any) -> list[Any]:
+            desk = self.studio.desk(who)
+            ranks = parse_order(order, shown_now(desk).count) if choice == "rank" else None
+            voted = desk.vote(pair, choice, draft=self._draft(desk, *said), ranks=ranks)
+            if not desk.held:
+                desk.bring_next()
+            return self.view(desk, voted)
+
+        return vote
+
+    def undo(self, who: str) -> list[Any]:
+        desk = self.studio.desk(who)
+        desk.undo()
+        return self.view(desk)
+
+    def write(self, who: str, pair: str, text: str) -> list[Any]:
+        desk = self.studio.desk(who)
+        voted = desk.write(pair, text)
+        desk.bring_next()
+        return self.view(desk, voted)
+
+    def go_on(self, who: str, last_pair: str, question: str) -> list[Any]:
+        desk = self.studio.desk(who)
+        desk.go_on(question, last_pair)
+        return [*self.view(desk), ""]
+
+    def _editor(self, side: int) -> Any:
+        def edit(who: str, pair: str, editing: list[int], *answers: str) -> list[Any]:
+            """E: the answer's box can be written in; of a held pair, the better answer begins as this one."""
+            desk = self.studio.desk(who)
+            same: list[Any] = [gr.skip()] * len(answers)
+            if desk.held:
+                return [editing, gr.update(value=answers[side]), gr.skip(), *same]
+            desk.stop_side(pair, side)
+            boxes = [gr.update(interactive=True) if k == side else gr.skip() for k in range(len(answers))]
+            return [sorted({*editing, side}), gr.skip(), gr.skip(), *boxes]
+
+        return edit
+
+    def take_seat(self, who: str) -> list[Any]:
+        """A page was opened, or somebody else sits down: what is on their desk."""
+        desk = self.studio.desk(who)
+        if desk.current is None:
+            desk.bring_next()
+        return self.view(desk)
+
+    # ---- the queue and the plan
+
+    def add_file(self, who: str, path: str) -> list[Any]:
+        found = self.studio.add_prompts_from(path)
+        return self._added(who, found.added, found.duplicates)
+
+    def add_pasted(self, who: str, text: str) -> list[Any]:
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        found = self.studio.store.enqueue([[{"role": "user", "content": line}] for line in lines], "pasted")
+        return [*self._added(who, found.added, found.duplicates), ""]
+
+    def add_examples(self, who: str) -> list[Any]:
+        found = self.studio.store.enqueue(example_prompts(self.studio.base.name), "examples")
+        return self._added(who, found.added, found.duplicates)
+
+    def _added(self, who: str, added: int, duplicates: int) -> list[Any]:
+        known = f", {duplicates} were there already" if duplicates else ""
+        gr.Info(f"{added} prompts added to the queue{known}.", title="")
+        return self.take_seat(who)
+
+    def choices(self) -> list[Any]:
+        """Who can answer and who can judge by now; runs come and go."""
+        self.studio.voices.refresh()
+        voices = self.studio.voices.names()
+        order = ["as in the queue", *self.studio.judges()]
+        return [gr.update(choices=voices), gr.update(choices=voices), gr.update(choices=order)]
+
+    def change_plan(self, who: str, *values: Any) -> str:
+        voice_a, warm_a, voice_b, warm_b, tokens, count, order, repeats, second = values
+        desk = self.studio.desk(who)
+        first = desk.plan.sources[0]
+        plan = Plan(
+            sources=tuple(
+                type(first)(voice, float(warm), first.top_p, int(tokens))
+                for voice, warm in ((voice_a, warm_a), (voice_b, warm_b))
+            ),
+            count=int(count),
+            informative=order if order in self.studio.judges() else None,
+            repeats=bool(repeats),
+            second_opinions=bool(second),
+        )
+        desk.change_plan(plan)
+        return "From the next pair on."
+
+    # ---- what the page shows
+
+    def stream(self, who: str, pair: str, editing: list[int]) -> list[Any]:
+        """A little more of the answers, while they come."""
+        desk = self.studio.desk(who)
+        now = shown_now(desk)
+        if now.pair_id != pair:
+            return [gr.skip()] * len(self.streaming_view)
+        return [now.message, gr.Timer(active=now.streaming), *self._texts(now, editing), *self._states(now)]
+
+    def beat(self, who: str, pair: str, seen: int, *said: Any) -> list[Any]:
+        """Every two seconds: the draft is kept, and what changed elsewhere is shown."""
+        desk = self.studio.desk(who)
+        if pair:
+            desk.keep_draft(pair, self._draft(desk, *said))
+        pulse = self.studio.store.pulse()
+        now = shown_now(desk)
+        if now.pair_id == pair and pulse == seen:
+            return [gr.skip()] * (len(self.desk_view) + 1)
+        if now.pair_id == pair:
+            line, queue = told_in_words(self.studio, desk)
+            keep: dict[Any, Any] = {self.parts.count: line, self.parts.queue: queue}
+            return [*(keep.get(part, gr.skip()) for part in self.desk_view), pulse]
+        return [*self.view(desk), pulse]
+
+    def view(self, desk: Desk, voted: Voted | None = None) -> list[Any]:
+        """Everything on the desk, in the order of `desk_view`."""
+        now = shown_now(desk)
+        editing = sorted(now.edited)
+        line, queue = told_in_words(self.studio, desk)
+        strength = next((word for word, number in STRENGTHS.items() if number == desk.draft.strength), None)
+        tags = gr.update(value=list(desk.draft.tags), choices=self.studio.store.tags())
+        ranking = now.count > 2
+        return [
+            now.pair_id,
+            gr.skip() if voted is None else voted.entry.record.id,
+            editing,
+            now.prompt,
+            gr.update(value=now.before, visible=bool(now.before)),
+            strength,
+            desk.draft.reason,
+            tags,
+            gr.update(visible=desk.held),
+            "",
+            "",
+            gr.update(visible=ranking),
+            gr.update(visible=not ranking),
+            gr.update(visible=not ranking),
+            "" if voted is None else _revealed(voted),
+            now.message,
+            line,
+            queue,
+            gr.update(visible=now.pair_id == "" and self.studio.store.queue_total() == 0),
+            decisions(self.studio, desk) or EMPTY,
+            gr.Timer(active=now.streaming),
+            gr.update(value=now.next_label),
+            *(gr.update(visible=side < max(2, now.count)) for side in range(SIDES)),
+            *self._texts(now, [], fresh=True),
+            *self._states(now),
+        ]
+
+    def _texts(self, now: Shown, editing: list[int], *, fresh: bool = False) -> list[Any]:
+        """The answers by side; a box that is written in is left alone, but for a fresh view."""
+        found: list[Any] = []
+        for side in range(SIDES):
+            text = now.texts[side] if side < now.count else ""
+            if fresh:
+                found.append(gr.update(value=now.edited.get(side, text), interactive=side in now.edited))
+            else:
+                found.append(gr.skip() if side in editing or side >= now.count else text)
+        return found
+
+    def _states(self, now: Shown) -> list[str]:
+        return [now.states[side] if side < now.count else "" for side in range(SIDES)]
+
+    def _draft(self, desk: Desk, *said: Any) -> Draft:
+        strength, reason, tags, editing, *texts = said
+        now = shown_now(desk)
+        edits = {now.sides[side]: texts[side] for side in editing if side < now.count}
+        return Draft(STRENGTHS.get(strength), reason or "", tuple(tags or ()), edits)
+
+
+def _revealed(voted: Voted) -> str:
+    """Who said what, for a moment after the vote."""
+    names = " · ".join(f"{chr(65 + k)}: {html.escape(name)}" for k, name in enumerate(voted.sources))
+    return f'<span class="fades" data-of="{voted.entry.record.id}-{voted.entry.version}">{names}</span>'
