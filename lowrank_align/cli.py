@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from lowrank_align import __version__
 from lowrank_align.config import COMMANDS as OTHER_COMMANDS
-from lowrank_align.config import METHODS, Settings, resolve
+from lowrank_align.config import DATA_COMMANDS, METHODS, Settings, resolve
 from lowrank_align.config.knobs import kinds
 from lowrank_align.errors import (
     EXIT_DATA_OR_CONFIG,
@@ -29,8 +29,8 @@ from lowrank_align.errors import (
 
 SHORT_FLAGS = {"completions": "-n", "rows": "-n"}
 OTHER_NAMES = {"as_json": "json"}  # pydantic's models have a method of that name
-POSITIONAL = {"presets": "name"}
-COMMANDS = ("demo", *METHODS, *OTHER_COMMANDS, "runs")
+POSITIONAL = {"presets": "name", "data import": "file", "data export": "kind"}
+COMMANDS = ("demo", *METHODS, *OTHER_COMMANDS, "data", "runs")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # the words of torch on GPUs and on CPUs
 
 
@@ -114,6 +114,11 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     for name, settings in (METHODS | OTHER_COMMANDS).items():
         _add_command(commands, name, settings)
+    data = commands.add_parser(
+        "data", help="rows into and out of the store of judgements", description="The store of judgements, in one file."
+    ).add_subparsers(dest="what", metavar="WHAT", required=True)
+    for name, settings in DATA_COMMANDS.items():
+        _add_command(data, name, settings, f"data {name}")
     runs = commands.add_parser("runs", help="list, compare and delete runs")
     runs.add_argument("folder", nargs="?", default="runs", help="(default: %(default)s)")
     runs.add_argument(
@@ -131,7 +136,11 @@ def _run(command: str, arguments: dict[str, Any]) -> int:
         from lowrank_align.apps.demo import run_demo
 
         return run_demo(**arguments)
-    settings_class = (METHODS | OTHER_COMMANDS)[command]
+    if command == "data":
+        what = arguments.pop("what")
+        command, settings_class = f"data {what}", DATA_COMMANDS[what]
+    else:
+        settings_class = (METHODS | OTHER_COMMANDS)[command]
     settings = resolve(settings_class, arguments, arguments.pop("config", None))
     if command in METHODS:
         from lowrank_align.train import train
@@ -170,13 +179,13 @@ def _confirmed() -> bool:
         return False
 
 
-def _add_command(commands: Any, name: str, settings: type[Settings]) -> None:
+def _add_command(commands: Any, name: str, settings: type[Settings], whole_name: str = "") -> None:
     text = (settings.__doc__ or "").strip()
     parser = commands.add_parser(name, help=text[0].lower() + text[1:].rstrip("."), description=text)
     parser.add_argument("--config", metavar="FILE", help="a YAML file with these settings; flags win")
     for field, info in settings.model_fields.items():
-        if POSITIONAL.get(name) == field:
-            parser.add_argument(field, nargs="?", help=info.description)
+        if POSITIONAL.get(whole_name or name) == field:
+            parser.add_argument(field, nargs=None if info.is_required() else "?", help=info.description)
         else:
             _add_flag(parser, field, info)
 

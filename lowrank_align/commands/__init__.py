@@ -20,11 +20,14 @@ FILES = {
     "export": "export",
     "chat": "chat",
     "doctor": "doctor",
+    "data import": "data",
+    "data export": "data",
+    "data stats": "data",
 }
 
 
 def run(command: str, settings: Settings) -> int:
     """Run `command`; its exit code."""
     module = import_module(f"lowrank_align.commands.{FILES[command]}")
-    code: int | None = getattr(module, command)(settings)
+    code: int | None = getattr(module, command.replace(" ", "_"))(settings)
     return EXIT_DONE if code is None else code

@@ -18,7 +18,9 @@ from lowrank_align.config.commands import (
     RowsSettings,
     ScoreSettings,
     ShowSettings,
+    StudioSettings,
 )
+from lowrank_align.config.data import DATA_COMMANDS, DataExportSettings, DataImportSettings, DataStatsSettings
 from lowrank_align.config.knobs import ModelSettings, Settings
 from lowrank_align.config.resolve import resolve, to_yaml
 from lowrank_align.config.training import (
@@ -37,7 +39,11 @@ __all__ = [
     "AuditSettings",
     "COMMANDS",
     "ChatSettings",
+    "DATA_COMMANDS",
     "DPOSettings",
+    "DataExportSettings",
+    "DataImportSettings",
+    "DataStatsSettings",
     "DoctorSettings",
     "ExportSettings",
     "GenerateSettings",
@@ -54,6 +60,7 @@ __all__ = [
     "ScoreSettings",
     "Settings",
     "ShowSettings",
+    "StudioSettings",
     "TrainSettings",
     "parse_yaml",
     "read_yaml",

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -83,7 +83,17 @@ def mended(text: Text, edit: str) -> Text:
 
 def searchable(*texts: str) -> str:
     """For `instr` with a needle of the same treatment: without case, and with what SQLite's text cannot hold out."""
-    return "\n".join(texts).casefold().replace("\0", " ").encode("utf-8", "replace").decode()
+    return clean("\n".join(texts).casefold().replace("\0", " "))
+
+
+def clean(text: str) -> str:
+    """Half surrogate pairs as question marks, for columns of SQLite, which have no bytes for them."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def names(found: Iterable[str]) -> str:
+    """A JSON array of them for SQLite, each once, in order."""
+    return json.dumps(sorted({clean(name) for name in found}))
 
 
 def _said(message: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ def append(connection: sqlite3.Connection, step: Step) -> None:
         "stands": step.stands,
         "verdict": judgement and judgement.verdict,
         "deleted": int(judgement is not None and judgement.deleted),
-        "tags": json.dumps(judgement.tags if judgement else ()),
+        "tags": encoding.names(judgement.tags if judgement else ()),
         "searchable": encoding.searchable(*said),
         "judgement": judgement and encoding.to_json(encoding.judgement_fields(judgement)),
         "at": step.at or now(),

@@ -4,10 +4,20 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from lowrank_align.errors import UserError, nearest
 from lowrank_align.store import rows
-from lowrank_align.store.encoding import canonical, judgement_fields, judgement_of, record_fields, record_of
-from lowrank_align.store.records import Entry, QueuedPrompt, Record, Text
+from lowrank_align.store.encoding import (
+    canonical,
+    clean,
+    judgement_fields,
+    judgement_of,
+    record_fields,
+    record_of,
+    to_json,
+)
+from lowrank_align.store.records import TRAINERS_OWN, Entry, Judgement, QueuedPrompt, Record, Text, is_id
 from lowrank_align.store.store import Store
 
 COLUMN = "record"
@@ -16,6 +26,7 @@ DELETED, UNDONE, UNJUDGED = "deleted", "taken back", "not judged yet"
 REPEATED = "shown again, to measure consistency"
 TEXT_ALONE = "a text without a prompt"
 _ENTRYS_OWN = ("annotator", "version", "updated", "judgement")
+_RECORDS, _JUDGEMENTS = TypeAdapter(Record), TypeAdapter(Judgement)
 
 
 @dataclass(frozen=True)
@@ -66,11 +77,16 @@ def entry_fields(entry: Entry) -> dict[str, Any]:
 def entry_of(column: Any) -> Entry | None:
     """The entry in a column `record`, None where it holds something else or was damaged."""
     try:
-        record = record_of({name: value for name, value in column.items() if name not in _ENTRYS_OWN})
-        judgement = judgement_of(column["judgement"])
+        values = {name: value for name, value in column.items() if name not in _ENTRYS_OWN}
+        _RECORDS.validate_python(values)  # its types; what it makes of them lets unknown fields pass
+        _JUDGEMENTS.validate_python(column["judgement"])
+        to_json(column)  # no number that is not finite
+        record, judgement, who = record_of(values), judgement_of(column["judgement"]), column["annotator"]
         judgement.fits(record)
-        return Entry(record, str(column["annotator"]), judgement, int(column["version"]), str(column["updated"]))
-    except (AttributeError, KeyError, TypeError, ValueError):
+        if not who.strip() or clean(who) != who:
+            return None
+        return Entry(record, who, judgement, int(column["version"]), clean(column["updated"]))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return None
 
 
@@ -78,7 +94,10 @@ def queued_of(line: dict[str, Any]) -> QueuedPrompt | None:
     """The queue's prompt in a line of the export of prompts, None where it holds none or was changed."""
     try:
         queued = line[COLUMN]["queued"]
-        return QueuedPrompt(str(queued["id"]), line["prompt"], 0, str(queued["source"]), dict(queued["extra"]))
+        to_json(queued)
+        if not is_id(queued["id"]):
+            return None
+        return QueuedPrompt(queued["id"], line["prompt"], 0, str(queued["source"]), dict(queued["extra"]))
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
 
@@ -113,4 +132,4 @@ def _prompt_of(record: Record) -> Text:
 
 
 def _for_trainers(extra: dict[str, Any]) -> dict[str, Any]:
-    return {name: extra[name] for name in rows.TRAINERS_OWN if name in extra}
+    return {name: extra[name] for name in TRAINERS_OWN if name in extra}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowrank_align.store.encoding import searchable
+from lowrank_align.store.encoding import clean, searchable
 
 # Every name in a query that uses a filter: `r` is the record, `e` the newest event with its standing judgement.
 JOINED = "FROM records AS r JOIN standing AS e ON e.record = r.id"
@@ -39,9 +39,9 @@ class Filters:
         if self.verdicts:
             also(f"e.verdict IN ({_marks(self.verdicts)})", *self.verdicts)
         if self.tag is not None:
-            also("EXISTS (SELECT 1 FROM json_each(e.tags) WHERE value = ?)", self.tag)
+            also("EXISTS (SELECT 1 FROM json_each(e.tags) WHERE value = ?)", clean(self.tag))
         if self.source is not None:
-            also("EXISTS (SELECT 1 FROM json_each(r.sources) WHERE value = ?)", self.source)
+            also("EXISTS (SELECT 1 FROM json_each(r.sources) WHERE value = ?)", clean(self.source))
         if self.text:
             needle = searchable(self.text)
             also("(instr(r.searchable, ?) OR instr(e.searchable, ?))", needle, needle)

@@ -5,8 +5,8 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lowrank_align.store.encoding import content_id, to_json
-from lowrank_align.store.records import Enqueued, QueuedPrompt, now
+from lowrank_align.store.encoding import clean, content_id, to_json
+from lowrank_align.store.records import TRAINERS_OWN, Enqueued, QueuedPrompt, new_id, now
 
 _PROMPT = "p.id, p.body, p.seq, p.source, p.extra"
 _WAITS = """NOT EXISTS (SELECT 1 FROM records AS r JOIN standing AS e ON e.record = r.id
@@ -14,21 +14,18 @@ _WAITS = """NOT EXISTS (SELECT 1 FROM records AS r JOIN standing AS e ON e.recor
 
 
 def enqueue(connection: sqlite3.Connection, found: Iterable[QueuedPrompt]) -> Enqueued:
-    """Within a transaction: add those whose content and id are new."""
+    """Within a transaction: add those whose content is new."""
     added = duplicates = 0
     for item in found:
-        row = (
-            item.id,
-            content_id([item.prompt, item.extra]),
-            item.source,
-            to_json(item.prompt),
-            to_json(item.extra),
-            now(),
-        )
+        content = content_id([item.prompt, {name: item.extra[name] for name in TRAINERS_OWN if name in item.extra}])
+        if connection.execute("SELECT 1 FROM prompts WHERE content = ?", (content,)).fetchone():
+            duplicates += 1
+            continue
+        taken = connection.execute("SELECT 1 FROM prompts WHERE id = ?", (item.id,)).fetchone()
+        row = (new_id() if taken else item.id, content, clean(item.source), to_json(item.prompt), to_json(item.extra))
         names = "id, content, source, body, extra, at"
-        done = connection.execute(f"INSERT OR IGNORE INTO prompts ({names}) VALUES (?, ?, ?, ?, ?, ?)", row)
-        added += done.rowcount
-        duplicates += 1 - done.rowcount
+        connection.execute(f"INSERT INTO prompts ({names}) VALUES (?, ?, ?, ?, ?, ?)", (*row, now()))
+        added += 1
     return Enqueued(added, duplicates)
 
 

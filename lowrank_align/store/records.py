@@ -18,6 +18,7 @@ Verdict = Literal["preferred", "tie", "bad", "skip", "ranked", "liked", "dislike
 
 KINDS: tuple[str, ...] = get_args(Kind)
 VERDICTS: tuple[str, ...] = get_args(Verdict)
+TRAINERS_OWN = ("tools", "chat_template_kwargs")  # columns that change how a prompt is rendered
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -28,6 +29,11 @@ class Stale(UserError):
 def new_id() -> str:
     """32 hexadecimal characters."""
     return uuid.uuid4().hex
+
+
+def is_id(value: str) -> bool:
+    """Whether it is one that `new_id` could have made."""
+    return bool(_ID.fullmatch(value))
 
 
 def now() -> str:
@@ -74,7 +80,7 @@ class Record:
         if self.shown and sorted(self.shown) != list(range(len(self.completions))):
             raise ValueError(f"shown: {self.shown}, must be an order of {len(self.completions)} completions")
         for name, value in (("id", self.id), ("queue_id", self.queue_id), ("repeat_of", self.repeat_of)):
-            if value is not None and not _ID.fullmatch(value):
+            if value is not None and not is_id(value):
                 raise ValueError(f"{name}: {value!r}, must be 32 hexadecimal characters")
 
     @property

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lowrank_align.store.encoding import mended, plain
-from lowrank_align.store.records import Entry, Text
+from lowrank_align.store.records import TRAINERS_OWN, Entry, Text
 
 Row = dict[str, Any]
 Found = list[Row] | str  # rows, or why there are none
@@ -28,7 +28,6 @@ _ELSEWHERE = {
     "scored": "scored: in scored",
     "preferred": "a preference: in pairs",
 }
-TRAINERS_OWN = ("tools", "chat_template_kwargs")
 
 
 class Answers:

@@ -1,4 +1,4 @@
-"""The store: what can be written, over what can be read. Any thread may call, and several processes may share a file."""
+"""The store: what can be written. Any thread may call its methods, and several processes may share its file."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -65,7 +65,7 @@ class Store(Reading):
             record.origin,
             record.queue_id,
             record.repeat_of,
-            json.dumps(sorted({completion.source for completion in record.completions})),
+            encoding.names(completion.source for completion in record.completions),
             encoding.searchable(*map(encoding.plain, texts)),
             body,
         )
@@ -93,8 +93,8 @@ class Store(Reading):
         `expected_version`: the one it is based on; 0 where none stands. `Stale` where it is another by now. An event
         that is there already gives its old answer. ValueError where the judgement does not fit the record.
         """
-        if not annotator.strip():
-            raise UserError("annotator: empty; give a name")
+        if not annotator.strip() or encoding.clean(annotator) != annotator:
+            raise UserError("annotator: empty or unreadable; give a name")
         judgement.fits(self.record(record_id))
         return self._step(record_id, annotator, judgement, expected_version, event_id, kind, at=at)
 
@@ -170,9 +170,8 @@ class Store(Reading):
             if event_id is not None and (known := events.of_id(connection, event_id)):
                 return known.version
             version, stands = events.head(connection, record_id, annotator)
-            if expected != version and (
-                expected or stands
-            ):  # after all was taken back, a first vote overwrites nothing
+            first = not expected and not stands  # after all was taken back, a first vote overwrites nothing
+            if expected != version and not first:
                 raise _stale(version, expected)
             step = events.Step(record_id, annotator, version + 1, kind, version + 1, judgement, event_id, at)
             events.append(connection, step)
