@@ -46,7 +46,9 @@ def rows_of_view(studio: "Studio", method: str, view: View) -> tuple[list[str], 
         _, what, remedy = EXPORTS[wanted[0]]
         whose = f" by {view.annotator}" if view.annotator else ""
         tagged = f" with the tag {view.tag}" if view.tag else ""
-        raise UserError(f"{method} learns from {what}, and there are none{whose}{tagged} yet. {remedy}")
+        raise UserError(
+            f"nothing to learn from: {method} takes {what}, and there are none{whose}{tagged} yet. {remedy}"
+        )
     # what one export leaves out another may hold: a ranking is no pair
     left_out = {why: min(e.left_out.get(why, 0) for e in exports) for why in exports[0].left_out}
     return [json.dumps(row, ensure_ascii=False) for row in rows], {why: n for why, n in left_out.items() if n}

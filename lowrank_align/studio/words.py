@@ -30,6 +30,8 @@ def flags_as_settings(text: str) -> str:
 
 
 def sentence(text: str) -> str:
-    """A capital at the beginning and a full stop at the end."""
+    """A full stop at the end, and a capital at the beginning unless that is a setting's or a file's name."""
     text = text.strip()
-    return text if not text else text[0].upper() + text[1:] + ("" if text[-1] in ".!?:" else ".")
+    first = text.split(" ", 1)[0]
+    begun = text if "_" in first or first.endswith(":") else text[:1].upper() + text[1:]
+    return begun if not text or text[-1] in ".!?:" else f"{begun}."
