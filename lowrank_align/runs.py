@@ -12,8 +12,6 @@ import logging
 import math
 import os
 import shutil
-import sys
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -21,11 +19,7 @@ from typing import Any, Self
 
 from lowrank_align.checkpoint import write_atomic
 from lowrank_align.errors import EnvironmentProblem, UserError
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
+from lowrank_align.locks import FileLock, is_held, owner
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +28,6 @@ SUBFOLDERS = ("adapter", "value", "checkpoints", "plots")
 OTHERS = ("provenance.json", "reward.json", "README.md", "bad_rows.jsonl", "eval_bad_rows.jsonl", "dropped_rows.jsonl")
 KNOWN_ENTRIES = {LOCK, STATE, CONFIG, METRICS, SAMPLES, *OTHERS, *SUBFOLDERS}
 STATES = ("running", "finished", "stopped")
-LOCK_BYTE = 2**30  # Windows locks bytes, not files: one far behind the text, so that the text stays readable
-LOCK_TRIES, LOCK_PAUSE_SECONDS = 5, 0.02  # a listing holds the lock for a moment while it looks
 
 
 def open_run(path: Path, *, resume: bool, overwrite: bool, method: str = "") -> RunFolder:
@@ -142,58 +134,16 @@ class RunFolder:
             raise EnvironmentProblem(f"{self.path / name}: could not be written: {error.strerror}") from error
 
 
-class FolderLock:
-    """An exclusive lock on a folder's `.lock`, which holds the owner's pid and start. The lock is the system's, not the
-    file's being there: a file left by a killed process locks nothing."""
+class FolderLock(FileLock):
+    """The lock on a run's folder: on its `.lock`."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK
-        for attempt in range(LOCK_TRIES):
-            if self._take():
-                break
-            if attempt == LOCK_TRIES - 1:
-                raise UserError(
-                    f"{folder}: in use by another process ({_lock_owner(self.path)}); wait for it or stop it"
-                )
-            time.sleep(LOCK_PAUSE_SECONDS)
-        try:
-            self._file.truncate(0)
-            self._file.write(f"pid {os.getpid()}\nstarted {_now()}\n".encode())
-            self._file.flush()
-        except OSError as error:
-            self._file.close()
-            raise EnvironmentProblem(f"{self.path}: could not be written: {error.strerror}") from error
-
-    def _take(self) -> bool:
-        try:
-            self._file = open(self.path, "a+b")  # noqa: SIM115  held until release
-        except OSError as error:
-            raise EnvironmentProblem(f"{self.path}: cannot be written: {error.strerror}") from error
-        if _lock_file(self._file.fileno(), self.path):
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
-                    return True  # else its last owner deleted the run between our open and our lock
-        self._file.close()
-        return False
-
-    def release(self, remove: bool = False) -> None:
-        """Unlock; with `remove` the file goes too (on Windows only after closing, elsewhere before)."""
-        if sys.platform != "win32":
-            if remove:
-                self.path.unlink(missing_ok=True)
-            fcntl.flock(self._file.fileno(), fcntl.LOCK_UN)  # closing is not enough while a forked worker has a copy
-        self._file.close()
-        if remove and sys.platform == "win32":
-            self.path.unlink(missing_ok=True)
+        super().__init__(folder / LOCK, busy=f"{folder}: in use by another process")
 
 
 def is_running(folder: Path) -> bool:
     """Whether a process, of this machine or one that shares the disk, has the run open."""
-    try:
-        with open(folder / LOCK, "r+b") as file:
-            return not _lock_file(file.fileno(), folder / LOCK)
-    except (OSError, EnvironmentProblem):
-        return False
+    return is_held(folder / LOCK)
 
 
 def read_metrics(path: Path, tail_bytes: int | None = None) -> list[dict[str, Any]]:
@@ -267,7 +217,7 @@ def _refuse_running_inside(path: Path, own_lock: bool = True) -> None:
     """A run that holds others (as `demo` does) stays while a process works in one of them."""
     for lock in path.rglob(LOCK):
         if not (own_lock and lock.parent == path) and is_running(lock.parent):
-            raise UserError(f"{lock.parent}: in use by another process ({_lock_owner(lock)}); wait for it or stop it")
+            raise UserError(f"{lock.parent}: in use by another process ({owner(lock)}); wait for it or stop it")
 
 
 def empty(path: Path) -> None:
@@ -280,27 +230,6 @@ def empty(path: Path) -> None:
                 entry.unlink()
     except OSError as error:
         raise EnvironmentProblem(f"{error.filename or path}: could not be removed: {error.strerror}") from error
-
-
-def _lock_file(descriptor: int, path: Path) -> bool:
-    """Take the lock if it is free."""
-    try:
-        if sys.platform == "win32":
-            os.lseek(descriptor, LOCK_BYTE, os.SEEK_SET)
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError as error:
-        raise EnvironmentProblem(f"{path}: this disk has no file locks ({error.strerror}); use a local one") from error
-    return True
-
-
-def _lock_owner(path: Path) -> str:
-    with contextlib.suppress(OSError):
-        return ", ".join(path.read_text(errors="replace").split("\n")[:2]).strip(", ") or "starting"
-    return "pid unknown"
 
 
 def read_state(path: Path) -> dict[str, Any] | None:

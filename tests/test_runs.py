@@ -464,34 +464,3 @@ def test_the_listing_needs_no_torch() -> None:
     code = "import sys, lowrank_align.runs, lowrank_align.plots; print('torch' in sys.modules)"
     child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert child.stdout == "False\n", child.stderr
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be removed on Windows")
-def test_a_lock_on_a_file_that_was_removed_meanwhile_does_not_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between our opening `.lock` and locking it, its last owner deletes it: the lock ends up on the file there is."""
-    take, removed = runs._lock_file, []
-
-    def removed_before(descriptor: int, path: Path) -> bool:
-        if not removed:
-            removed.append(path)
-            path.unlink()
-        return take(descriptor, path)
-
-    monkeypatch.setattr(runs, "_lock_file", removed_before)
-    lock = runs.FolderLock(tmp_path)
-    assert removed == [tmp_path / ".lock"]
-    assert is_running(tmp_path)
-    lock.release(remove=True)
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="fcntl is not on Windows")
-def test_a_disk_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unsupported(descriptor: int, operation: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(runs.fcntl, "flock", unsupported)
-    with pytest.raises(EnvironmentProblem, match="this disk has no file locks"):
-        open_run(tmp_path, resume=False, overwrite=False)
