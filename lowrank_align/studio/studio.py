@@ -21,6 +21,7 @@ from lowrank_align.memory import free_bytes
 from lowrank_align.preset_check import from_preset, preset_lines
 from lowrank_align.store import Enqueued, Store, Text
 from lowrank_align.studio.answers import Answer, Source, draw
+from lowrank_align.studio.arena import Arena
 from lowrank_align.studio.collecting import Desk
 from lowrank_align.studio.speaking import COLLECT, Speaker
 from lowrank_align.studio.training import Trainer
@@ -56,6 +57,7 @@ class Studio:
         self.speaker = Speaker(base)
         self.trainer = Trainer(self)
         self._desks: dict[str, Desk] = {}
+        self._arenas: dict[str, Arena] = {}
 
     @classmethod
     def open(cls, settings: StudioSettings, store: Store | None = None) -> "Studio":
@@ -159,6 +161,11 @@ class Studio:
         """Where this annotator collects; the same one in every tab, made when first asked for."""
         name = " ".join(annotator.split())[:60] or self.settings.annotator
         return self._desks.setdefault(name, Desk(self, name))
+
+    def arena(self, annotator: str) -> Arena:
+        """Where this annotator lets players meet; the same one in every tab."""
+        name = " ".join(annotator.split())[:60] or self.settings.annotator
+        return self._arenas.setdefault(name, Arena(self, name))
 
     # ---- facts
 
