@@ -9,8 +9,8 @@ from lowrank_align.store.encoding import clean, content_id, to_json
 from lowrank_align.store.records import TRAINERS_OWN, Enqueued, QueuedPrompt, new_id, now
 
 _PROMPT = "p.id, p.body, p.seq, p.source, p.extra"
-_WAITS = """NOT EXISTS (SELECT 1 FROM records AS r JOIN standing AS e ON e.record = r.id
-    WHERE r.queue_id = p.id AND e.annotator = ?)"""
+_WAITS = """p.id NOT IN (SELECT r.queue_id FROM records AS r CROSS JOIN standing AS e ON e.record = r.id
+    WHERE r.queue_id IS NOT NULL AND e.annotator = ?)"""  # CROSS JOIN: records first, by their index
 
 
 def enqueue(connection: sqlite3.Connection, found: Iterable[QueuedPrompt]) -> Enqueued:

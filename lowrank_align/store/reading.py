@@ -59,9 +59,10 @@ class Reading:
 
     def recent(self, annotator: str, limit: int = 10) -> list[Entry]:
         """The newest decisions that `undo` would take back, newest first; not what was undone, deleted or imported."""
-        query = f"""SELECT {_ENTRY} {JOINED}
-            JOIN events AS made ON made.record = e.record AND made.annotator = e.annotator AND made.version = e.stands
-            WHERE e.annotator = ? AND made.kind IN {_DECISIONS} AND NOT e.deleted ORDER BY made.seq DESC LIMIT ?"""
+        query = f"""SELECT {_ENTRY} FROM events AS made CROSS JOIN standing AS e
+            ON e.record = made.record AND e.annotator = made.annotator AND e.stands = made.version
+            JOIN records AS r ON r.id = e.record
+            WHERE made.annotator = ? AND made.kind IN {_DECISIONS} AND NOT e.deleted ORDER BY made.seq DESC LIMIT ?"""
         return [_entry(row) for row in self._rows(query, (annotator, limit))]
 
     def annotators(self) -> list[str]:
@@ -73,10 +74,9 @@ class Reading:
         query = "SELECT DISTINCT t.value FROM standing AS e, json_each(e.tags) AS t WHERE NOT e.deleted ORDER BY 1"
         return [tag for (tag,) in self._rows(query)]
 
-    def all_events(self) -> list[Event]:
-        """Everything that ever happened, oldest first."""
-        with self._file.reading() as connection:
-            return events.listed(connection)
+    def decisions(self) -> list[tuple[str, str]]:
+        """(annotator, time) of every vote and edit, undone or not, oldest first."""
+        return self._rows(f"SELECT annotator, at FROM events WHERE kind IN {_DECISIONS} ORDER BY seq")
 
     def all_records(self) -> list[Record]:
         """Every record, judged or not, oldest first."""

@@ -11,11 +11,10 @@ from typing import Any
 
 from lowrank_align.ratings import Agreement, WinRate, agreement
 from lowrank_align.store.encoding import canonical, plain
-from lowrank_align.store.records import Entry, Event, Record
+from lowrank_align.store.records import Entry, Record
 from lowrank_align.store.store import Store
 
 PAUSE_SECONDS = 300.0  # a longer gap between two decisions is a break, not time to decide
-_DECISIONS = ("vote", "edit")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def stats(store: Store, annotator: str | None = None) -> Stats:
     fresh = [e for e in standing if not e.record.repeat_of]
     records = store.all_records()
     chosen = [c for entry in fresh for c in _choices(entry)]
-    events = [e for e in store.all_events() if annotator is None or e.annotator == annotator]
+    decisions = [(who, at) for who, at in store.decisions() if annotator is None or who == annotator]
     two = Counter(e.judgement.verdict for e in fresh if len(e.record.completions) == 2)
     return Stats(
         entries=len(standing),
@@ -82,7 +81,7 @@ def stats(store: Store, annotator: str | None = None) -> Stats:
         ties=WinRate.of(two["tie"], 0, two["preferred"]),
         left_side=_left_side(fresh),
         longer=_longer(chosen),
-        pace=_pace(standing, events),
+        pace=_pace(standing, decisions),
         duplicates=_duplicates(records),
         contradictions=_contradictions(chosen),
         consistency=_consistency(standing),
@@ -133,12 +132,11 @@ def _longer(choices: Sequence[tuple[str, str, str]]) -> WinRate:
     return WinRate.of(longer, equal, len(choices) - longer - equal)
 
 
-def _pace(entries: Sequence[Entry], events: Sequence[Event]) -> Pace:
+def _pace(entries: Sequence[Entry], decisions: Sequence[tuple[str, str]]) -> Pace:
     """Each annotator's decisions by themselves: two at once are no double pace."""
     times: dict[str, list[float]] = defaultdict(list)
-    for event in events:
-        if event.kind in _DECISIONS:
-            times[event.annotator].append(datetime.fromisoformat(event.at).timestamp())
+    for annotator, at in decisions:
+        times[annotator].append(datetime.fromisoformat(at).timestamp())
     gaps = [b - a for found in times.values() for a, b in pairwise(found) if 0 <= b - a <= PAUSE_SECONDS]
     measured = [e.judgement.seconds for e in entries if e.judgement.seconds is not None]
     per_minute = 60 * len(gaps) / sum(gaps) if sum(gaps) > 0 else None
