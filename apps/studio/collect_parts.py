@@ -95,7 +95,7 @@ def _prompt(p: Parts) -> None:
             scale=8,
         )
         with gr.Column(scale=1, min_width=150):
-            p.queue = _plain("collect-queue", lines=1)
+            p.queue = _plain("collect-queue", lines=2)
             p.draw = gr.Button("Next (G)", elem_id="collect-generate", size="md")
     p.empty = gr.Markdown(NO_PROMPTS, visible=False, elem_id="collect-empty")
 
@@ -127,12 +127,12 @@ def _answers(p: Parts) -> None:
 
 def _votes(p: Parts) -> None:
     with gr.Row(elem_id="collect-votes"):
-        p.vote_a = gr.Button("A is better", elem_id="vote-a", variant="primary", min_width=110)
-        tie = gr.Button("tie", elem_id="vote-tie", min_width=70)
-        bad = gr.Button("both bad", elem_id="vote-bad", min_width=90)
-        p.vote_b = gr.Button("B is better", elem_id="vote-b", variant="primary", min_width=110)
-        skip = gr.Button("skip", elem_id="vote-skip", min_width=70)
-        p.undo = gr.Button("undo", elem_id="vote-undo", min_width=70)
+        p.vote_a = gr.Button("A is better", elem_id="vote-a", variant="primary", min_width=110, size="md")
+        tie = gr.Button("tie", elem_id="vote-tie", min_width=70, size="md")
+        bad = gr.Button("both bad", elem_id="vote-bad", min_width=90, size="md")
+        p.vote_b = gr.Button("B is better", elem_id="vote-b", variant="primary", min_width=110, size="md")
+        skip = gr.Button("skip", elem_id="vote-skip", min_width=70, size="md")
+        p.undo = gr.Button("undo", elem_id="vote-undo", min_width=70, size="md")
     with gr.Row(visible=False, elem_id="collect-rank-row") as p.rank_row:
         p.order = gr.Textbox(
             label="Order, best first (type the numbers, or drag the answers; = for equal)",

@@ -2,7 +2,7 @@
 
 import html
 from collections.abc import Callable
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -70,6 +70,16 @@ def build_page(studio: Studio) -> gr.Blocks:
     return demo
 
 
+def theme() -> gr.themes.Base:
+    """Calm colours, the system's own fonts (nothing is fetched), and little air."""
+    fonts = ("system-ui", "-apple-system", "Segoe UI", "Noto Sans", "sans-serif")
+    mono = ("ui-monospace", "Cascadia Mono", "DejaVu Sans Mono", "monospace")
+    return gr.themes.Default(
+        primary_hue="teal", neutral_hue="slate", spacing_size="sm", radius_size="md", text_size="md", font=fonts,
+        font_mono=mono,
+    )  # fmt: skip
+
+
 def style() -> str:
     """The page's own CSS: that of the whole, and of each tab."""
     return "\n".join(_static(f"{name}.css") for name in ("page", *TABS))
@@ -104,7 +114,7 @@ def _header(studio: Studio) -> str:
 
 
 def _size(gib: float) -> str:
-    return f"{gib:.1f} GB" if gib >= 1 else f"{gib * 1024:.0f} MB"
+    return f"{gib:.1f} GB" if gib >= 1 else f"{max(1, gib * 1024):.0f} MB"
 
 
 def _counted(count: int, one: str, several: str) -> str:
@@ -112,5 +122,5 @@ def _counted(count: int, one: str, several: str) -> str:
 
 
 def _static(name: str) -> str:
-    file = files(__package__) / "static" / name
+    file = Path(__file__).parent / "static" / name
     return file.read_text(encoding="utf-8") if file.is_file() else ""
