@@ -1,5 +1,6 @@
 """A run as it goes: what `train` reports, kept so that any thread can read it at any time."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ State = Literal["idle", "preparing", "running", "stopping", "ending", "finished"
 ACTIVE: tuple[State, ...] = ("preparing", "running", "stopping", "ending")
 PACE_STEPS = 20  # the time left is told from the last so many
 LOG_LINES, SAMPLES_KEPT = 500, 60
+_versions = itertools.count(1)  # of all runs, so that no two states share one
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class _Facts:
     total: int = 0
     problem: str = ""
     resumable: bool = False
-    version: int = 1
+    version: int = field(default_factory=_versions.__next__)
     ended: float | None = None
     figures: list[dict[str, float | None]] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
@@ -88,7 +90,7 @@ class LiveRun(Progress):
             facts.state, facts.step, facts.total = "running", done, total
             facts.figures, facts.samples = figures, samples[-SAMPLES_KEPT:]
             facts.moments = [time.monotonic()]
-            facts.version += 1
+            facts.version = next(_versions)
         if self._on_start is not None:
             self._on_start()
 
@@ -97,31 +99,31 @@ class LiveRun(Progress):
             self._facts.step = step
             self._facts.figures.append({"step": step, **figures})
             self._facts.moments = [*self._facts.moments, time.monotonic()][-PACE_STEPS - 1 :]
-            self._facts.version += 1
+            self._facts.version = next(_versions)
 
     def note(self, text: str) -> None:
         with self._lock:
             self._facts.log = [*self._facts.log, f"{time.strftime('%H:%M:%S')}  {flags_as_settings(text)}"][-LOG_LINES:]
-            self._facts.version += 1
+            self._facts.version = next(_versions)
 
     def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         with self._lock:
             self._facts.samples = [*self._facts.samples, *_samples(step, samples)][-SAMPLES_KEPT:]
-            self._facts.version += 1
+            self._facts.version = next(_versions)
 
     def close(self) -> None:
         """The loop is over; where every step is done, what follows is measured and saved."""
         with self._lock:
             if self._facts.total and self._facts.step == self._facts.total:
                 self._facts.state = "ending"
-            self._facts.version += 1
+            self._facts.version = next(_versions)
 
     def end(self, state: State, problem: str = "", resumable: bool = False) -> None:
         """The run is over."""
         with self._lock:
             self._facts.state, self._facts.problem, self._facts.resumable = state, problem, resumable
             self._facts.ended = time.monotonic()
-            self._facts.version += 1
+            self._facts.version = next(_versions)
 
     # ---- what anybody reads
 
@@ -129,7 +131,7 @@ class LiveRun(Progress):
         """Save at the next step boundary and stop."""
         self.stopping.asked = True
         with self._lock:
-            self._facts.version += 1
+            self._facts.version = next(_versions)
 
     @property
     def figures(self) -> list[dict[str, float | None]]:
