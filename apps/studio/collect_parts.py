@@ -204,10 +204,10 @@ def _sources(p: Parts, studio: Studio) -> None:
     p.voice_choices = [voice_a, voice_b, order]
 
     def plan_changed(handler: Any, inputs: Any, outputs: Any, **options: Any) -> None:
-        for knob in (warm_a, warm_b, tokens, count):
-            knob.release(handler, inputs, outputs, **options)
-        for knob in (voice_a, voice_b, order, repeats, second):
-            knob.input(handler, inputs, outputs, **options)
+        for slider in (warm_a, warm_b, tokens, count):
+            slider.release(handler, inputs, outputs, **options)
+        for choice in (voice_a, voice_b, order, repeats, second):
+            choice.input(handler, inputs, outputs, **options)
 
     p.plan_changed = plan_changed
 

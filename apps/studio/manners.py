@@ -12,7 +12,9 @@ from lowrank_align.errors import UserError
 
 log = logging.getLogger(__name__)
 
-OWN_FAULT = "Something went wrong in the studio itself; what it was stands in the terminal. Nothing that was kept is lost."
+OWN_FAULT = (
+    "Something went wrong in the studio itself; what it was stands in the terminal. Nothing that was kept is lost."
+)
 SECONDS_SHOWN = 8
 
 # A quiet event: no spinner over what people read, and no entry in the list of endpoints.

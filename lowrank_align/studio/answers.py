@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from lowrank_align.base import Base
 from lowrank_align.conversation import Sampling, Spoken, context_of, fitting_prompt
 from lowrank_align.data.chat import Renderer

@@ -281,7 +281,7 @@ class Desk:
         self._remember()
 
     def _keep(self, draft: Draft | None) -> None:
-        if draft is not None:
+        if draft is not None and draft != self.draft:
             self.draft = draft
             self._remember()
 

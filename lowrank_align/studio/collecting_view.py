@@ -137,7 +137,9 @@ def parse_order(text: str, count: int) -> tuple[float, ...]:
 
     UserError unless every answer from 1 to `count` is named once.
     """
-    groups = [re.findall(r"\d", group) for group in re.split(r"[\s,;>]+", re.sub(r"\s*=\s*", "=", text.strip())) if group]
+    groups = [
+        re.findall(r"\d", group) for group in re.split(r"[\s,;>]+", re.sub(r"\s*=\s*", "=", text.strip())) if group
+    ]
     named = [int(digit) for group in groups for digit in group]
     if sorted(named) != list(range(1, count + 1)):
         example = " ".join(map(str, range(count, 0, -1)))

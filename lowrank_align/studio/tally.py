@@ -66,7 +66,8 @@ class Tally:
             side = "left" if self.left.rate > ONE_SIDED else "right"
             found.append(f"The {side} side wins too often to be chance: read both before you press a key.")
         if self.longer.total >= ENOUGH_TO_SAY and self.longer.low > ONE_SIDED and self.longer.rate >= MUCH_LONGER:
-            found.append(f"The longer answer wins {share(self.longer)} of the time: a model will learn to write longer.")
+            wins = share(self.longer)
+            found.append(f"The longer answer wins {wins} of the time: a model will learn to write longer.")
         return found
 
 
