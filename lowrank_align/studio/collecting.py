@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any
 from lowrank_align.errors import UserError
 from lowrank_align.store import Entry, Judgement, Stale, Text
 from lowrank_align.studio.answers import Source
-from lowrank_align.studio.pairs import Pair, Plan, drawn, drawn_again, from_store, repeated
+from lowrank_align.studio.pairs import Pair, Plan, drawn, drawn_again, from_store
 from lowrank_align.studio.speaking import COLLECT
+from lowrank_align.studio.upcoming import Upcoming
 
 if TYPE_CHECKING:
     from lowrank_align.studio.studio import Studio
 
 log = logging.getLogger(__name__)
 
-REPEAT_EVERY = 10
 UNDO_UP_TO = 10
-POOL = 4  # pairs that are drawn to find the most informative of them
 PACE_OVER = 20  # votes
 BREAK_SECONDS = 300.0  # a longer pause is none of the pace
 NOTHING_TO_SHOW = "no prompt: type one, or add a file of prompts to the queue"
@@ -54,17 +53,14 @@ class Desk:
         self._studio, self._store, self.annotator = studio, studio.store, annotator
         self._lock = threading.RLock()
         self._rng = random.Random(secrets.randbits(64))
-        self._waiting: list[Pair] = []  # drawn ahead
-        self._set_aside: list[Pair] = []  # that an undo pushed from the desk, to come back next
         self._votes: list[float] = []  # when, for the pace
-        self._since_repeat = 0
         self.current: Pair | None = None
         self.version = 0  # of the judgement of the pair on the desk: above 0 once it was judged
         self.held = False  # both were bad, and a better answer may be written
         self.draft = Draft()
         self.began = time.monotonic()
         source = Source(temperature=studio.settings.temperature, max_new_tokens=studio.settings.max_new_tokens)
-        self.plan = Plan(sources=(source, source))
+        self.upcoming = Upcoming(studio, annotator, Plan(sources=(source, source)), self._rng)
         self._take_up()
 
     # ---- what comes next
@@ -98,12 +94,17 @@ class Desk:
         UserError where there is none. What was on the desk undecided is dropped.
         """
         with self._lock:
-            pair = self._next_pair()
+            pair = self.upcoming.take(self.current)
             if pair is None:
                 self._clear()
                 raise UserError(NOTHING_TO_SHOW)
             self._put_down(pair)
             return pair
+
+    @property
+    def plan(self) -> Plan:
+        """Where answers come from, and which pair is shown next."""
+        return self.upcoming.plan
 
     def bring_next(self) -> None:
         """The next pair where there is one; otherwise an empty desk."""
@@ -142,15 +143,7 @@ class Desk:
         if not 2 <= plan.count <= 6:
             raise UserError(f"{plan.count} answers: must be 2 to 6")
         with self._lock:
-            if plan != self.plan:
-                self.plan = plan
-                self._drop_waiting()
-                self._look_ahead()
-
-    def look_ahead(self) -> None:
-        """Begin the next pair already; nothing where it is begun."""
-        with self._lock:
-            self._look_ahead()
+            self.upcoming.change_plan(plan, self.current)
 
     # ---- decisions
 
@@ -227,7 +220,7 @@ class Desk:
             entry = recent[0]
             self._store.undo(entry.record.id, self.annotator, expected_version=entry.version, event_id=event_id)
             if self.current is not None and self.current.id != entry.record.id:
-                self._set_aside.append(self.current)
+                self.upcoming.set_aside.append(self.current)
             said = entry.judgement
             draft = Draft(said.strength, said.reason, said.tags, dict(said.edits))
             self._put_down(from_store(entry.record), draft)
@@ -254,7 +247,7 @@ class Desk:
     def _begin(self, prompt: Text) -> Pair:
         with self._lock:
             if self.current is not None and self.current.queue_id and self.current.record is None:
-                self._set_aside.append(self.current)  # it waits for its decision
+                self.upcoming.set_aside.append(self.current)  # it waits for its decision
             elif self.current is not None:
                 self.current.stop()
             pair = drawn(self._studio, self.plan, prompt, rng=self._rng)
@@ -274,7 +267,7 @@ class Desk:
         self.current, self.version, self.held, self.draft = pair, 0, False, draft or Draft()
         self.began = time.monotonic()
         self._remember()
-        self._look_ahead()
+        self.upcoming.look_ahead(self.current)
 
     def _clear(self) -> None:
         self.current, self.version, self.held, self.draft = None, 0, False, Draft()
@@ -324,52 +317,7 @@ class Desk:
 
     def _count_vote(self, pair: Pair) -> None:
         self._votes = [*self._votes[-PACE_OVER:], time.monotonic()]
-        self._since_repeat = 0 if pair.repeat_of else self._since_repeat + 1
-
-    # ---- inside: what comes next
-
-    def _next_pair(self) -> Pair | None:
-        if self._set_aside:
-            return self._set_aside.pop()
-        if self.plan.repeats and self._since_repeat >= REPEAT_EVERY - 1 and (old := self._old_pair()):
-            return old
-        if self.plan.second_opinions and (other := self._judged_by_others()):
-            return other
-        self._look_ahead()
-        if not self._waiting:
-            return None
-        ready = [pair for pair in self._waiting if pair.gap is not None]
-        pair = min(ready, key=lambda p: p.gap or 0.0) if self.plan.informative and ready else self._waiting[0]
-        self._waiting.remove(pair)
-        return pair
-
-    def _look_ahead(self) -> None:
-        """Draw for the queue's next prompts, so that a decision is followed by a pair at once."""
-        wanted = POOL if self.plan.informative else 1
-        busy = {pair.queue_id for pair in (self.current, *self._waiting, *self._set_aside) if pair and pair.queue_id}
-        missing = wanted - len(self._waiting)
-        if missing <= 0:
-            return
-        for queued in self._store.queue(self.annotator, limit=missing, without=tuple(busy)):
-            pair = drawn(self._studio, self.plan, queued.prompt, queue_id=queued.id, ahead=True, rng=self._rng)
-            self._waiting.append(pair)
-
-    def _old_pair(self) -> Pair | None:
-        old = self._store.entries(annotator=self.annotator, kinds=("pair",), verdicts=("preferred", "tie"), limit=500)
-        old = [entry for entry in old if entry.record.repeat_of is None][REPEAT_EVERY // 2 :]  # not the freshest ones
-        return repeated(self._rng.choice(old).record, self._rng) if old else None
-
-    def _judged_by_others(self) -> Pair | None:
-        mine = {entry.record.id for entry in self._store.entries(annotator=self.annotator)}
-        for entry in self._store.entries(kinds=("pair", "ranking"), newest_first=False):
-            if entry.record.id not in mine and entry.record.repeat_of is None and entry.judgement.verdict != "skip":
-                return from_store(entry.record)
-        return None
-
-    def _drop_waiting(self) -> None:
-        for pair in self._waiting:
-            pair.stop()
-        self._waiting = []
+        self.upcoming.count(pair)
 
     # ---- inside: what survives a restart
 

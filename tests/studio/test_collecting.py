@@ -84,12 +84,12 @@ def test_the_same_seeds_draw_the_same_answer(desk: Desk, studio: Any) -> None:
 
 
 def test_the_next_pair_is_drawn_while_one_decides(desk: Desk) -> None:
-    assert [pair.prompt for pair in desk._waiting] == [PROMPTS[1]]
-    wait(desk._waiting[0])
+    assert [pair.prompt for pair in desk.upcoming.waiting] == [PROMPTS[1]]
+    wait(desk.upcoming.waiting[0])
     vote(desk, "a")
     nxt = desk.next()
     assert nxt.prompt == PROMPTS[1] and nxt.done
-    assert [pair.prompt for pair in desk._waiting] == [PROMPTS[2]]
+    assert [pair.prompt for pair in desk.upcoming.waiting] == [PROMPTS[2]]
 
 
 def test_both_bad_holds_the_pair_until_a_better_answer_is_written(desk: Desk, studio: Any) -> None:
@@ -307,7 +307,7 @@ def test_the_most_informative_pair_comes_next(desk: Desk, studio: Any, monkeypat
     )
     order = []
     for _ in range(2):
-        for pair in desk._waiting:
+        for pair in desk.upcoming.waiting:
             wait(pair)
             studio.speaker.call(lambda: None)  # what follows an answer's end has run
         vote(desk, "a")
