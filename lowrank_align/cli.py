@@ -146,6 +146,10 @@ def _run(command: str, arguments: dict[str, Any]) -> int:
         from lowrank_align.train import train
 
         train(settings)  # type: ignore[arg-type]
+    elif command == "studio":
+        from lowrank_align.apps.studio import run_studio
+
+        return run_studio(settings)  # type: ignore[arg-type]
     else:
         from lowrank_align import commands
 

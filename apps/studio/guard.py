@@ -1,0 +1,203 @@
+"""Who may ask the page for anything: an ASGI middleware around the whole of it.
+
+A page on this machine's loopback address is within reach of every web page that is open in the same browser. Gradio
+alone answers any Host (so a name that is re-bound to 127.0.0.1 may read everything), and runs cross-site posts whose
+type needs no preflight. Here a request has to name a host on the list, and to come from the page itself.
+"""
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+
+Scope = Mapping[str, Any]
+Message = dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Any, Receive, Send], Awaitable[None]]
+SignedIn = Callable[
+    [Mapping[str, str]], bool
+]  # whether a request's cookies are those of somebody who gave the password
+
+# Gradio's page holds its settings in a script of its own, and its plots compile their expressions.
+POLICY = "; ".join(
+    (
+        "default-src 'self'",
+        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data: blob:",
+        "media-src 'self' data: blob:",
+        "font-src 'self' data:",
+        "connect-src 'self'",
+        "worker-src 'self' blob:",
+        "object-src 'none'",
+        "base-uri 'self'",
+        "form-action 'self'",
+        "frame-ancestors 'none'",
+    )
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+}
+CROSS_ORIGIN = b"access-control-"  # nobody else may read an answer, whatever Gradio allows
+
+# What this page never uses: fetching other servers' pages, editing the program, recording runs, watching visitors.
+NOT_SERVED = (
+    "/gradio_api/proxy=",
+    "/gradio_api/vibe",
+    "/gradio_api/undo-vibe",
+    "/gradio_api/dev/",
+    "/gradio_api/run-history",
+    "/gradio_api/runs",
+    "/gradio_api/process_recording",
+    "/gradio_api/profiling",
+    "/gradio_api/mcp",
+    "/gradio_api/deep_link",
+    "/monitoring",
+)
+# What the login page is made of; none of it tells anything.
+BEFORE_LOGIN = ("/assets/", "/static/", "/svelte/")
+AT_LOGIN = {
+    "/",
+    "/login",
+    "/login/",
+    "/theme.css",
+    "/gradio_api/theme.css",
+    "/favicon.ico",
+    "/robots.txt",
+    "/gradio_api/login_check",
+    "/gradio_api/user",
+}
+DEFAULT_PORTS = {80, 443}  # which browsers leave out of Host
+
+
+def host_headers(names: Iterable[str], port: int) -> frozenset[str]:
+    """The Host headers under which the page is served: each name with the port; one that has a port stays as it is."""
+    found = set()
+    for name in names:
+        name = name.strip().lower()
+        bare = name.strip("[]")
+        if ":" in bare and bare.count(":") > 1:  # an IPv6 address
+            name, has_port = f"[{bare}]" if "]:" not in name else name, "]:" in name
+        else:
+            has_port = ":" in name
+        found.add(name if has_port else f"{name}:{port}")
+        if port in DEFAULT_PORTS and not has_port:
+            found.add(name)
+    return frozenset(found)
+
+
+class Guard:
+    """Refuses with one sentence: 403 for another host or origin, 401 without login, 413 for a body that is too long."""
+
+    def __init__(
+        self, app: App, *, hosts: frozenset[str], max_body_bytes: int, signed_in: SignedIn | None = None
+    ) -> None:
+        """`hosts`: Host headers in lower case (see `host_headers`). `signed_in`: None where no password is asked for."""
+        self._app, self._hosts, self._max_body_bytes, self._signed_in = app, hosts, max_body_bytes, signed_in
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        refused = self._refusal(scope)
+        if scope["type"] != "http":
+            if refused is None:
+                await self._app(scope, receive, send)
+            else:
+                await send({"type": "websocket.close", "code": 1008, "reason": refused[1]})  # before accept: 403
+        elif refused is not None:
+            await _answer(send, *refused)
+        else:
+            limited = Limited(receive, send, self._max_body_bytes)
+            await self._app(scope, limited.receive, limited.send)
+
+    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
+        """Status and sentence, None where the request may pass."""
+        headers = _headers(scope)
+        hosts = headers.get("host", []) + headers.get("x-forwarded-host", [])
+        if len(headers.get("host", [])) != 1 or not all(host.lower() in self._hosts for host in hosts):
+            return 403, "This address is not one of the studio's; open it as its terminal says, or see --allow-host."
+        host = hosts[0].lower()
+        for origin in headers.get("origin", []):
+            if origin.lower() not in (f"http://{host}", f"https://{host}"):
+                return 403, "Another page asked for this; only the studio's own page may."
+        for site in headers.get("sec-fetch-site", []):
+            if site.lower() not in ("same-origin", "none"):
+                return 403, "Another page asked for this; type the studio's address into a new tab instead."
+        for length in headers.get("content-length", []):
+            if not length.isdigit() or int(length) > self._max_body_bytes:
+                return 413, _too_long(self._max_body_bytes)
+        path = str(scope.get("path", "/"))
+        if path.startswith(NOT_SERVED):
+            return 404, "The studio has no such page."
+        if self._signed_in is None or path in AT_LOGIN or (path.startswith(BEFORE_LOGIN) and ".." not in path):
+            return None
+        if not self._signed_in(_cookies(headers)):
+            return 401, "Sign in first: open the studio's address and give its password."
+        return None
+
+
+class Limited:
+    """A request whose body is cut off at a number of bytes, and its answer with the studio's headers."""
+
+    def __init__(self, receive: Receive, send: Send, max_bytes: int) -> None:
+        self._receive, self._send, self._max_bytes = receive, send, max_bytes
+        self._bytes, self._refused = 0, False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._bytes += len(message.get("body", b""))
+        if self._bytes <= self._max_bytes:
+            return message
+        if not self._refused:
+            self._refused = True
+            await _answer(self._send, 413, _too_long(self._max_bytes))
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        if self._refused:  # it has been answered; what the page says of half a body goes nowhere
+            return
+        if message["type"] == "http.response.start":
+            kept = [
+                (name, value)
+                for name, value in message.get("headers", [])
+                if not name.lower().startswith(CROSS_ORIGIN) and name.lower().decode("latin-1") not in HEADERS
+            ]
+            message = message | {"headers": [*kept, *_own_headers()]}
+        await self._send(message)
+
+
+async def _answer(send: Send, status: int, sentence: str) -> None:
+    body = (sentence + "\n").encode()
+    about = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
+    closing = [(b"connection", b"close")] if status == 413 else []  # the rest of the body is not read
+    headers = [*about, *closing, *_own_headers()]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _own_headers() -> list[tuple[bytes, bytes]]:
+    return [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+
+
+def _headers(scope: Scope) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, value in scope.get("headers", []):
+        found.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1").strip())
+    return found
+
+
+def _cookies(headers: Mapping[str, list[str]]) -> dict[str, str]:
+    try:
+        return {name: found.value for name, found in SimpleCookie("; ".join(headers.get("cookie", []))).items()}
+    except CookieError:
+        return {}
+
+
+def _too_long(max_bytes: int) -> str:
+    return f"Too large: the studio takes at most {max_bytes // 2**20} MB at once; import larger files in the terminal."
