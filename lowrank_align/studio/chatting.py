@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STEPS_BACK = 10
+MOST_NAME = 60  # characters
 
 
 class Chat:
@@ -252,7 +253,8 @@ class Chats:
         self._chats: dict[str, Chat] = {}
 
     def of(self, annotator: str) -> Chat:
-        """The annotator's chat, as it was left."""
+        """The annotator's chat, as it was left; a blank name is the studio's own."""
+        annotator = " ".join(annotator.split())[:MOST_NAME] or self._studio.settings.annotator
         with self._lock:
             if annotator not in self._chats:
                 self._chats[annotator] = Chat(self._studio, annotator)

@@ -195,13 +195,19 @@ def about(response: Response) -> str:
     parts = [f"{response.voice}, {len(response.ids)} tokens"]
     if response.tokens_per_second:
         parts[0] += f" at {response.tokens_per_second:.1f} a second"
-    parts += [f"{name.replace('_', ' ')} {value:g}" for name, value in response.sampling.items() if _is_number(value)]
+    parts += [
+        f"{name.replace('_', ' ')} {_number(value)}" for name, value in response.sampling.items() if _is_number(value)
+    ]
     if not response.finished:
         parts.append("stopped" if response.stopped else "cut at the token limit")
     if response.left_out:
         parts.append(f"{response.left_out} oldest turn{'s' * (response.left_out > 1)} left out, they no longer fit")
     parts += [f"score by {name} {score:+.2f}" for name, score in response.scores.items()]
     return " · ".join(parts)
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _is_number(value: Any) -> bool:

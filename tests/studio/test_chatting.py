@@ -43,7 +43,7 @@ def with_runs(studio: Any, trained: Path) -> Any:
 
 @pytest.fixture
 def scripted(studio: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
-    """`scripted((text, thought), ...)` lets the next answers be these; the list fills with the prompts they were for."""
+    """`scripted((text, thought), ...)` is what the next answers say; the list fills with the prompts they are for."""
 
     def script(*answers: tuple[str, str]) -> list[Any]:
         rest, prompts = list(answers), []
