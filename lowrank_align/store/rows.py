@@ -16,17 +16,13 @@ Found = list[Row] | str  # rows, or why there are none
 EQUAL = "the answers are equal"
 EMPTY = "an answer is empty"
 NO_PROMPT = "no prompt"
-IN_PAIRS, IN_RANKINGS, IN_UNPAIRED = "a tie: in pairs", "a ranking: in rankings", "all bad: in unpaired"
 SKIPPED = "skipped"
 _ELSEWHERE = {
-    "tie": IN_PAIRS,
-    "bad": IN_UNPAIRED,
-    "ranked": IN_RANKINGS,
+    "bad": "all bad: in unpaired",
     "liked": "liked or disliked: in unpaired",
     "disliked": "liked or disliked: in unpaired",
     "demonstration": "a demonstration: in demonstrations",
     "scored": "scored: in scored",
-    "preferred": "a preference: in pairs",
 }
 
 
@@ -56,6 +52,15 @@ class Answers:
             return []
         return [i for i, rank in enumerate(self.ranks) if rank == min(self.ranks)]
 
+    @property
+    def elsewhere(self) -> str:
+        """Which export has what another one leaves out."""
+        if self.ranks is None:
+            return _ELSEWHERE[self.verdict]
+        if not self.is_pair:
+            return "a ranking: in rankings"
+        return "a preference: in pairs" if self.best else "a tie: in pairs"
+
     def new(self) -> list[Text]:
         """What people wrote: edits, and the answer of their own."""
         return [*self.edits.values(), *([self.written] if self.written is not None else [])]
@@ -84,11 +89,11 @@ class Answers:
 def pairs(answers: Answers) -> Found:
     """The vote, then each edit over its original, then the written answer over each shown one."""
     if len(answers.shown) > 2:
-        return IN_RANKINGS if answers.ranks or answers.new() else _ELSEWHERE[answers.verdict]
+        return "a ranking: in rankings" if answers.new() else answers.elsewhere
     found = list(_compared(answers))
     if answers.is_pair and answers.ranks:
         found = [_voted(answers, answers.ranks), *found]
-    return _usable(found, ("chosen", "rejected"), _ELSEWHERE[answers.verdict])
+    return _usable(found, ("chosen", "rejected"), answers.elsewhere)
 
 
 def _voted(answers: Answers, ranks: tuple[float, ...]) -> Row:
@@ -119,9 +124,9 @@ def _compared(answers: Answers) -> Iterator[Row]:
 def rankings(answers: Answers) -> Found:
     """All answers of a ranking in one row; edits just above what they mend, the written one above all."""
     if len(answers.shown) < 3:
-        return _ELSEWHERE["preferred" if answers.verdict == "ranked" else answers.verdict]
+        return answers.elsewhere
     if answers.ranks is None and not answers.new():
-        return _ELSEWHERE[answers.verdict]
+        return answers.elsewhere
     ranks = answers.ranks or (1.0,) * len(answers.shown)
     placed = [((rank, 1.0), shown) for rank, shown in zip(ranks, answers.shown, strict=True)]
     placed += [((ranks[i], 0.0), edit) for i, edit in answers.edits.items() if edit not in answers.shown]
@@ -148,10 +153,7 @@ def unpaired(answers: Answers) -> Found:
         labels = {i: i in answers.best for i in range(2)}
     found = [answers.row([i], completion=answers.shown[i], label=label) for i, label in labels.items()]
     found += [answers.row([], completion=text, label=True) for text in answers.new()]
-    why = _ELSEWHERE[answers.verdict]
-    if answers.is_pair and answers.ranks:
-        why = EQUAL if answers.best else IN_PAIRS
-    return _usable(found, ("completion",), why)
+    return _usable(found, ("completion",), EQUAL if answers.is_pair and answers.best else answers.elsewhere)
 
 
 def demonstrations(answers: Answers) -> Found:
@@ -160,8 +162,7 @@ def demonstrations(answers: Answers) -> Found:
     good = list(range(len(answers.shown))) if given else answers.best
     found = [_demonstration(answers, [i], answers.shown[i]) for i in good if i not in answers.edits]
     found += [_demonstration(answers, [], text) for text in answers.new()]
-    why = "disliked: in unpaired" if answers.verdict == "disliked" else _ELSEWHERE[answers.verdict]
-    return _usable(found, ("completion", "messages", "text"), why, needs_prompt=False)
+    return _usable(found, ("completion", "messages", "text"), answers.elsewhere, needs_prompt=False)
 
 
 def _demonstration(answers: Answers, of: list[int], text: Text) -> Row:
@@ -175,7 +176,7 @@ def _demonstration(answers: Answers, of: list[int], text: Text) -> Row:
 def scored(answers: Answers) -> Found:
     """The score of an answer."""
     if answers.verdict != "scored":
-        return _ELSEWHERE[answers.verdict]
+        return answers.elsewhere
     row = answers.row([0], completion=answers.shown[0], score=answers.judgement.score)
     return _usable([row], ("completion",), EMPTY)
 
