@@ -1,7 +1,7 @@
 """`lowrank-align studio`: collect pairs, chat, train and compare in one local page.
 
-Everything heavy is imported inside `run_studio`, in this order: what can be refused at once is, then the base is loaded,
-and Gradio comes last, in an environment that says nothing to it.
+Everything heavy is imported inside `run_studio`: what can be refused is refused at once, then the base is loaded, and
+Gradio comes last, in an environment that says nothing to it.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def run_studio(settings: StudioSettings) -> int:
     """Serve the page until Ctrl-C or SIGTERM; its exit code."""
     from .serve import PASSWORD, address_of, bind, check_reach
 
-    password = os.environ.pop(PASSWORD, None)  # no child process needs it
+    password = os.environ.pop(PASSWORD, None) or None  # no child process needs it
     check_reach(settings, password)
     store = Path(settings.store).expanduser()
     with contextlib.ExitStack() as held:
@@ -93,10 +93,9 @@ def _serve(
 
     folder = prepare_environment()
     try:
-        import gradio as gr
         from huggingface_hub import constants
 
-        from .page import build_page, head, style
+        from .page import build_page, head, style, theme
 
         constants.HF_HUB_OFFLINE = True  # the base is here: from now on nothing is asked of anybody
         for line in summary(studio):
@@ -107,7 +106,7 @@ def _serve(
             allow_hosts=settings.allow_host or (),
             password=password,
             blocked=private_places(settings),
-            look={"css": style(), "head": head(), "theme": gr.themes.Default()},
+            look={"css": style(), "head": head(), "theme": theme()},
         )
         print(f"open {address}   (Ctrl-C ends the studio)", flush=True)
         if settings.browser:

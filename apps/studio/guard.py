@@ -5,18 +5,16 @@ alone answers any Host (so a name that is re-bound to 127.0.0.1 may read everyth
 type needs no preflight. Here a request has to name a host on the list, and to come from the page itself.
 """
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 
-Scope = Mapping[str, Any]
-Message = dict[str, Any]
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Any, Receive, Send], Awaitable[None]]
-SignedIn = Callable[
-    [Mapping[str, str]], bool
-]  # whether a request's cookies are those of somebody who gave the password
+SignedIn = Callable[[Mapping[str, str]], bool]  # whether the cookies are somebody's who gave the password
 
 # Gradio's page holds its settings in a script of its own, and its plots compile their expressions.
 POLICY = "; ".join(
@@ -97,7 +95,7 @@ class Guard:
     def __init__(
         self, app: App, *, hosts: frozenset[str], max_body_bytes: int, signed_in: SignedIn | None = None
     ) -> None:
-        """`hosts`: Host headers in lower case (see `host_headers`). `signed_in`: None where no password is asked for."""
+        """`hosts`: Host headers in lower case (see `host_headers`). `signed_in`: None without a password."""
         self._app, self._hosts, self._max_body_bytes, self._signed_in = app, hosts, max_body_bytes, signed_in
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -168,7 +166,7 @@ class Limited:
                 for name, value in message.get("headers", [])
                 if not name.lower().startswith(CROSS_ORIGIN) and name.lower().decode("latin-1") not in HEADERS
             ]
-            message = message | {"headers": [*kept, *_own_headers()]}
+            message = {**message, "headers": [*kept, *_own_headers()]}
         await self._send(message)
 
 

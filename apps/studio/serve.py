@@ -99,7 +99,7 @@ def prepare_environment() -> Path:
 
 
 class Login:
-    """Whether a name and a password are right. After ten wrong passwords within a minute, all are wrong for the rest."""
+    """Whether a name and a password are right. After ten wrong ones within a minute, all are."""
 
     def __init__(self, password: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._password, self._clock = password.encode(), clock
