@@ -46,7 +46,7 @@ class Handlers:
         self.battle_view = [
             p.battle,
             p.prompt,
-            p.field,
+            p.panel,
             p.hint,
             p.message,
             p.last,

@@ -1,6 +1,6 @@
 """The components of the Arena tab, in the order in which they stand."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import gradio as gr
@@ -29,7 +29,7 @@ class Parts:
     typed: Any = None
     start: Any = None
     hint: Any = None
-    field: Any = None
+    panel: Any = None
     prompt: Any = None
     answers: list[Any] = field(default_factory=list)
     states: list[Any] = field(default_factory=list)
@@ -53,7 +53,7 @@ def lay_out(studio: Studio) -> Parts:
     _players(p, studio)
     p.hint = gr.Markdown(HINT, elem_id="arena-hint")
     p.message = _plain("arena-message", visible=False)
-    with gr.Column(visible=False, elem_id="arena-field") as p.field:
+    with gr.Column(visible=False, elem_id="arena-field") as p.panel:
         _battle(p)
     _results(p)
     return p
@@ -128,12 +128,12 @@ def _battle(p: Parts) -> None:
 
 def _results(p: Parts) -> None:
     with gr.Row(elem_id="arena-results-top"):
-        p.summary = _plain("arena-summary", lines=2, max_lines=9, scale=4)
+        p.summary = _plain("arena-summary", lines=2, max_lines=20, scale=4)
         p.scope = gr.Radio(
             [THESE, EVERYONE], value=THESE, label="Results of", elem_id="arena-scope", scale=2, min_width=220
         )
     p.table = gr.Dataframe(
-        headers=["player"], datatype="str", interactive=False, visible=False, wrap=True, elem_id="arena-table",
+        headers=["player"], datatype="str", interactive=False, visible=False, elem_id="arena-table",
         show_label=False,
     )  # fmt: skip
     with gr.Accordion("Do the votes agree with a reward run?", open=False, elem_id="arena-reward-panel"):

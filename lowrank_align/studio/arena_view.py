@@ -95,8 +95,8 @@ def revealed(last: Revealed | None) -> str:
     left, right = last.names
     if last.verdict == IDENTICAL:
         return f"{left} and {right} gave the same answer: a tie"
-    won = {"a": f"{left} won", "b": f"{right} won", "tie": "a tie", "bad": "both bad", "skip": "skipped"}
-    return f"A: {left} · B: {right} · {won[last.verdict]}"
+    won = {"a": "A won", "b": "B won", "tie": "a tie", "bad": "both bad", "skip": "skipped"}
+    return f"{won[last.verdict]} · A: {left} · B: {right}"
 
 
 # ---- results
@@ -146,12 +146,12 @@ def _two(found: Standings) -> str:
 
 def _several(found: Standings) -> list[str]:
     rules = {
-        "at least even with every other (Condorcet)": found.winners.condorcet,
-        "beats the most others (Copeland)": found.winners.copeland,
-        "the highest win rate over all others (Borda)": found.winners.borda,
+        "At least even with every other (Condorcet)": found.winners.condorcet,
+        "Beats the most others (Copeland)": found.winners.copeland,
+        "The highest mean win rate over all others (Borda)": found.winners.borda,
     }
-    lines = [f"{_battles(found.battles).capitalize()} among {len(found.names)} players."]
-    lines += [f"{rule.capitalize()}: {', '.join(names) or 'nobody yet'}." for rule, names in rules.items()]
+    lines = [f"{_battles(found.battles)} among {len(found.names)} players."]
+    lines += [f"{rule}: {', '.join(names) or 'nobody yet'}." for rule, names in rules.items()]
     lines.append(f"Rating: Elo points by Bradley-Terry, {MEAN_POINTS} is the mean; intervals by resampling prompts.")
     return lines
 
