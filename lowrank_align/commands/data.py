@@ -36,7 +36,7 @@ def data_export(settings: DataExportSettings) -> None:
     with Store(settings.store, create=False) as store:
         filters = {} if settings.annotator is None else {"annotator": settings.annotator}
         export = export_rows(store, settings.kind, **filters)
-    left_out = [f"left out: {count} {reason}" for reason, count in export.left_out.items()]
+    left_out = [f"{count} left out: {reason}" for reason, count in export.left_out.items()]
     if not export.lines:
         raise UserError("; ".join([f"{settings.store}: nothing to write as {settings.kind}", *left_out]))
     try:

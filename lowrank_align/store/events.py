@@ -61,9 +61,12 @@ def stood(connection: sqlite3.Connection, event: Event) -> int:
     return int(found[0]) if found else 0
 
 
-def of_id(connection: sqlite3.Connection, event_id: str) -> Event | None:
-    """The event, if it is there."""
-    return next(iter(listed(connection, "id = ?", (event_id,))), None)
+def known(connection: sqlite3.Connection, event_id: str | None, record_id: str, annotator: str) -> Event | None:
+    """The event, if it is there; ValueError where it is one of another record or annotator."""
+    found = listed(connection, "id = ?", (event_id,)) if event_id is not None else []
+    if found and (found[0].record_id, found[0].annotator) != (record_id, annotator):
+        raise ValueError(f"event {event_id} is there already, on another record or of another annotator")
+    return found[0] if found else None
 
 
 def of_version(connection: sqlite3.Connection, record_id: str, annotator: str, version: int) -> Event | None:

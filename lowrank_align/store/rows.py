@@ -18,11 +18,11 @@ EMPTY = "an answer is empty"
 NO_PROMPT = "no prompt"
 SKIPPED = "skipped"
 _ELSEWHERE = {
-    "bad": "all bad: in unpaired",
-    "liked": "liked or disliked: in unpaired",
-    "disliked": "liked or disliked: in unpaired",
-    "demonstration": "a demonstration: in demonstrations",
-    "scored": "scored: in scored",
+    "bad": "all bad (in unpaired)",
+    "liked": "liked or disliked (in unpaired)",
+    "disliked": "liked or disliked (in unpaired)",
+    "demonstration": "a demonstration (in demonstrations)",
+    "scored": "scored (in scored)",
 }
 
 
@@ -58,8 +58,8 @@ class Answers:
         if self.ranks is None:
             return _ELSEWHERE[self.verdict]
         if not self.is_pair:
-            return "a ranking: in rankings"
-        return "a preference: in pairs" if self.best else "a tie: in pairs"
+            return "a ranking (in rankings)"
+        return "a preference (in pairs)" if self.best else "a tie (in pairs)"
 
     def new(self) -> list[Text]:
         """What people wrote: edits, and the answer of their own."""
@@ -89,7 +89,7 @@ class Answers:
 def pairs(answers: Answers) -> Found:
     """The vote, then each edit over its original, then the written answer over each shown one."""
     if len(answers.shown) > 2:
-        return "a ranking: in rankings" if answers.new() else answers.elsewhere
+        return "a ranking (in rankings)" if answers.new() else answers.elsewhere
     found = list(_compared(answers))
     if answers.is_pair and answers.ranks:
         found = [_voted(answers, answers.ranks), *found]

@@ -106,7 +106,7 @@ class Store(Reading):
         The state before it stands again, or none does. What was imported is not taken back (delete it).
         """
         with self._file.writing() as connection:
-            if event_id is not None and (known := events.of_id(connection, event_id)):
+            if known := events.known(connection, event_id, record_id, annotator):
                 undone = events.of_version(connection, record_id, annotator, known.version - 1)
                 return undone.judgement if undone else None
             version, stands = events.head(connection, record_id, annotator)
@@ -123,14 +123,11 @@ class Store(Reading):
 
     def delete(self, record_id: str, annotator: str, *, expected_version: int, event_id: str | None = None) -> int:
         """Leave the entry out of lists and exports; the new version. Its history stays; `restore` brings it back."""
-        standing = self._standing(record_id, annotator)
-        gone = replace(standing, deleted=True)
-        return self._step(record_id, annotator, gone, expected_version, event_id, "delete")
+        return self._mark(record_id, annotator, True, expected_version, event_id, "delete")
 
     def restore(self, record_id: str, annotator: str, *, expected_version: int, event_id: str | None = None) -> int:
         """Bring a deleted entry back; the new version."""
-        back = replace(self._standing(record_id, annotator), deleted=False)
-        return self._step(record_id, annotator, back, expected_version, event_id, "restore")
+        return self._mark(record_id, annotator, False, expected_version, event_id, "restore")
 
     # ---- the queue, and notes
 
@@ -150,11 +147,17 @@ class Store(Reading):
 
     # ---- within
 
-    def _standing(self, record_id: str, annotator: str) -> Judgement:
-        entry = self.entry(record_id, annotator)
-        if entry is None:
-            raise UserError(f"{annotator} has no judgement on this record")
-        return entry.judgement
+    def _mark(
+        self, record_id: str, annotator: str, deleted: bool, expected: int, event_id: str | None, kind: str
+    ) -> int:
+        with self._file.writing() as connection:
+            if known := events.known(connection, event_id, record_id, annotator):
+                return known.version
+            entry = self.entry(record_id, annotator)
+            if entry is None:
+                raise UserError(f"{annotator} has no judgement on this record")
+            marked = replace(entry.judgement, deleted=deleted)
+            return self._step(record_id, annotator, marked, expected, event_id, kind)
 
     def _step(
         self,
@@ -167,7 +170,7 @@ class Store(Reading):
         at: str | None = None,
     ) -> int:
         with self._file.writing() as connection:
-            if event_id is not None and (known := events.of_id(connection, event_id)):
+            if known := events.known(connection, event_id, record_id, annotator):
                 return known.version
             version, stands = events.head(connection, record_id, annotator)
             first = not expected and not stands  # after all was taken back, a first vote overwrites nothing

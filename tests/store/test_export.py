@@ -73,7 +73,7 @@ def labelled(completion: Any, label: bool) -> dict[str, Any]:
         # What changes nothing is no edit, what says nothing no answer.
         (Judgement("preferred", ranks=FIRST, edits={0: "yes", 1: " "}, written=" "), [pair("yes", "no")]),
         (Judgement("bad", written="yes"), [pair("yes", "no")]),
-        (Judgement("bad"), "all bad: in unpaired"),
+        (Judgement("bad"), "all bad (in unpaired)"),
         (Judgement("skip", edits={0: "yes!"}), "skipped"),
     ],
 )
@@ -160,7 +160,7 @@ def test_equal_answers_that_are_ranked_differently_are_left_out(rows: Callable[.
 
 
 def test_a_ranking_of_two_is_a_pair(rows: Callable[..., Any]) -> None:
-    assert rows("rankings", Judgement("ranked", ranks=FIRST), kind="ranking") == "a preference: in pairs"
+    assert rows("rankings", Judgement("ranked", ranks=FIRST), kind="ranking") == "a preference (in pairs)"
 
 
 def test_a_ranking_of_two_comes_out_as_a_pair(rows: Callable[..., Any]) -> None:
@@ -180,8 +180,8 @@ def test_a_ranking_of_two_comes_out_as_a_pair(rows: Callable[..., Any]) -> None:
             [labelled("yes", False), labelled("no", False), labelled("yes!", True), labelled("so", True)],
         ),
         (Judgement("tie", edits={1: "no!"}), [labelled("no!", True)]),
-        (Judgement("tie"), "a tie: in pairs"),
-        (Judgement("ranked", ranks=(1.0, 1.0)), "a tie: in pairs"),
+        (Judgement("tie"), "a tie (in pairs)"),
+        (Judgement("ranked", ranks=(1.0, 1.0)), "a tie (in pairs)"),
         (Judgement("skip"), "skipped"),
     ],
 )
@@ -201,8 +201,8 @@ def test_a_thumb_is_a_label(verdict: Any, label: bool, rows: Callable[..., Any])
         (Judgement("preferred", ranks=SECOND, edits={1: "no!"}), ["no!"]),  # in the place of what it mends
         (Judgement("preferred", ranks=SECOND, edits={0: "yes!"}), ["no", "yes!"]),
         (Judgement("bad", written="so"), ["so"]),
-        (Judgement("tie"), "a tie: in pairs"),
-        (Judgement("bad"), "all bad: in unpaired"),
+        (Judgement("tie"), "a tie (in pairs)"),
+        (Judgement("bad"), "all bad (in unpaired)"),
     ],
 )
 def test_demonstrations(judgement: Judgement, expected: Any, rows: Callable[..., Any]) -> None:
@@ -216,7 +216,7 @@ def test_demonstrations(judgement: Judgement, expected: Any, rows: Callable[...,
     ("judgement", "answers", "fields", "expected"),
     [
         (Judgement("liked"), ["yes"], {"kind": "rating"}, [{"prompt": "Why?", "completion": "yes"}]),
-        (Judgement("disliked"), ["yes"], {"kind": "rating"}, "liked or disliked: in unpaired"),
+        (Judgement("disliked"), ["yes"], {"kind": "rating"}, "liked or disliked (in unpaired)"),
         (Judgement("demonstration"), ["yes"], {"prompt": ""}, [{"text": "yes"}]),
         (
             Judgement("demonstration"),
@@ -230,7 +230,7 @@ def test_demonstrations(judgement: Judgement, expected: Any, rows: Callable[...,
             {"kind": "ranking"},
             [{"prompt": "Why?", "completion": "b"}, {"prompt": "Why?", "completion": "c"}],
         ),
-        (Judgement("scored", score=2.0), ["yes"], {"kind": "scored"}, "scored: in scored"),
+        (Judgement("scored", score=2.0), ["yes"], {"kind": "scored"}, "scored (in scored)"),
     ],
 )
 def test_demonstrations_of_other_records(
@@ -301,15 +301,15 @@ def test_everything_left_out_is_counted_by_why(store: Store, added: Added) -> No
         "taken back": 1,
         "skipped": 1,
         "not judged yet": 1,
-        "all bad: in unpaired": 1,
-        "a ranking: in rankings": 1,
-        "liked or disliked: in unpaired": 1,
-        "a demonstration: in demonstrations": 1,
+        "all bad (in unpaired)": 1,
+        "a ranking (in rankings)": 1,
+        "liked or disliked (in unpaired)": 1,
+        "a demonstration (in demonstrations)": 1,
     }
 
 
 def test_every_standing_judgement_is_in_the_export_that_is_named(store: Store, added: Added) -> None:
-    """Follow the reasons: whatever pairs leave out with `in X`, X has."""
+    """Follow the reasons: whatever pairs leave out with `(in X)`, X has."""
     for verdict, answers in (
         ("tie", ("a", "b")),
         ("bad", ("a", "b")),
@@ -328,7 +328,7 @@ def test_every_standing_judgement_is_in_the_export_that_is_named(store: Store, a
         for kind in EXPORTS[:-1]:
             export = export_lines(store, kind, annotator=who)
             for reason in export.left_out:
-                named = reason.rpartition(": in ")[2]
+                named = reason.rpartition("(in ")[2].removesuffix(")")
                 assert export_lines(store, named, annotator=who).lines, (who, kind, reason)
 
 

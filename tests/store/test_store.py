@@ -151,7 +151,20 @@ def test_the_same_event_twice_is_one(store: Store, added: Added) -> None:
     for _ in range(2):
         assert store.delete(record.id, "ann", expected_version=3, event_id=gone) == 4
     assert store.judge(record.id, "ann", LEFT, event_id=vote) == 1
-    assert kinds(store, record) == ["vote", "vote", "undo", "delete"]
+    for version in (4, 5):  # the deletion, and the vote before it
+        store.undo(record.id, "ann", expected_version=version)
+    assert store.delete(record.id, "ann", expected_version=3, event_id=gone) == 4
+    assert kinds(store, record) == ["vote", "vote", "undo", "delete", "undo", "undo"]
+
+
+def test_an_event_id_belongs_to_one_record_and_annotator(store: Store, added: Added) -> None:
+    record, vote = added(), new_id()
+    store.judge(record.id, "ann", LEFT, event_id=vote)
+    with pytest.raises(ValueError, match="another record"):
+        store.judge(added("c", "d").id, "ann", LEFT, event_id=vote)
+    with pytest.raises(ValueError, match="another annotator"):
+        store.undo(record.id, "ben", expected_version=0, event_id=vote)
+    assert store.count() == 1
 
 
 def test_a_judgement_must_fit_its_record(store: Store, added: Added) -> None:
