@@ -12,7 +12,7 @@ import pytest
 
 from lowrank_align import errors
 from lowrank_align.cli import COMMANDS, main, make_parser
-from lowrank_align.config import METHODS
+from lowrank_align.config import DATA_COMMANDS, METHODS
 from lowrank_align.data.formats import Shape
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -196,8 +196,11 @@ def test_every_flag_exists() -> None:
 
 
 def flags_of(command: str) -> set[str]:
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
-        make_parser().parse_args([command, "--help"])
+    every = [[command, what] for what in DATA_COMMANDS] if command == "data" else [[command]]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        for words in every:
+            with contextlib.suppress(SystemExit):
+                make_parser().parse_args([*words, "--help"])
     return set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", out.getvalue()))
 
 
