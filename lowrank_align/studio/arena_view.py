@@ -179,9 +179,7 @@ def judged_in_words(reward: str, judged: Judged) -> str:
     if not judged.agreement.total:
         return f"{reward} could score none of the {judged.total} battles: their texts are too long for it."
     rate = judged.agreement
-    line = (
-        f"{reward} gives the chosen side the higher score in {_with_interval(rate)} of {_votes(rate.total)} for a side"
-    )
+    line = f"{reward} scores the better answer higher in {_with_interval(rate)} of {_votes(rate.total)} for a side"
     return line + (f"; {judged.left_out} could not be scored." if judged.left_out else ".")
 
 

@@ -90,7 +90,7 @@ def key_for(studio: "Studio", player: Source) -> Key:
     """Of a player who has not played yet. UserError where there is no such voice."""
     known = [name for name in studio.voices.names() if name != LIVE]
     if player.voice not in known:
-        raise UserError(f"{player.voice}: no such adapter (there are: {', '.join(known)})")
+        raise UserError(f"there is no adapter {player.voice!r} (there are: {', '.join(known)})")
     run = None if player.voice == BASE else studio.voices.run_of(player.voice)
     digest = None if run is None else adapters.weights_sha256(run)
     return Key(player.voice, digest, player.temperature, player.top_p, player.max_new_tokens)

@@ -105,7 +105,7 @@ def test_a_skipped_prompt_is_used_but_the_two_have_not_met() -> None:
         ((), "two players are needed"),
         ((WARM,), "two players are needed"),
         ((WARM, WARM), "two players are both base at temperature 1"),
-        ((WARM, replace(WARM, voice="dpo")), "dpo: no such adapter"),
+        ((WARM, replace(WARM, voice="dpo")), "no adapter 'dpo'"),
         ((WARM, replace(WARM, temperature=-1.0)), "temperature 0 to 5"),
         ((WARM, replace(WARM, voice="training now")), "changes with every step"),
     ],
@@ -283,7 +283,7 @@ def test_every_fifth_battle_is_one_that_somebody_else_has_judged(arena: Arena, s
 
 def test_comparing_begins_at_once_where_it_can(arena: Arena, studio: Any) -> None:
     arena.compare("base", "nobody")
-    assert arena.current is None and "nobody: no such adapter" in arena.problem
+    assert arena.current is None and "no adapter 'nobody'" in arena.problem
     assert [player.voice for player in arena.setup.players] == ["base", "nobody"]
     assert arena.standings().battles == 0
 
