@@ -1,5 +1,6 @@
 """Chat: talk with any adapter while it is there, compare two, and teach from what they say."""
 
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from lowrank_align.studio.answers import Source
 from lowrank_align.studio.asking import Wish, watch
 from lowrank_align.studio.chatting import Chat, Chats
 from lowrank_align.studio.studio import Studio
+from lowrank_align.studio.verdicts import prefer
 from lowrank_align.studio.voices import BASE
 
 from .chat_answer import Closer
@@ -58,7 +60,7 @@ class Handlers:
             trigger(told(self._step(Chat.clear)), [who], view, **at_once)
         p.steps["back"].click(told(self._step(Chat.bring_back)), [who], view, **at_once)
         for side, button in enumerate(p.picks):
-            button.click(told(self._picker(side)), [who], view, **at_once)
+            button.click(told(self._picker(side)), [who, p.keep_picks], view, **at_once)
         p.export["make"].click(told(self.export), [who], [p.export["markdown"], p.export["row"]], **at_once)
         self.closer.wire(who, view, self.view, at_once)
         self.page.clock.tick(told(self.beat), [who, p.seen, p.following], view, **at_once)
@@ -87,7 +89,7 @@ class Handlers:
 
     def edit(self, event: gr.EditData, who: str, keys: list[str], system: str, *controls: Any) -> Iterator[list[Any]]:
         chat = self._ready(who, system, controls)
-        chat.edit(exchange_at(chat, keys, event.index), str(event.value), wish_of(controls))
+        chat.edit(exchange_at(chat, keys, event.index), chat_view.as_typed(str(event.value)), wish_of(controls))
         yield from self._follow(chat)
 
     def stop(self, who: str) -> None:
@@ -108,13 +110,17 @@ class Handlers:
 
         return take
 
-    def _picker(self, side: int) -> Callable[[str], list[Any]]:
-        def pick(who: str) -> list[Any]:
+    def _picker(self, side: int) -> Callable[[str, bool], list[Any]]:
+        def pick(who: str, keep: bool) -> list[Any]:
             chat = self.chats.of(who)
             last = chat.talk.exchanges[-1] if chat.talk.exchanges else None
             if last is None or last.answer is not None or len(last.responses) < 2:
                 raise UserError("nothing stands side by side any more; reload the page")
-            chat.pick(last.responses[-2:][side].id)
+            pair = last.responses[-2:]
+            chat.pick(pair[side].id)
+            if keep:
+                prefer(self.studio, chat, pair[side].id, pair[1 - side].id)
+                gr.Info("Kept as a pair.", title="")
             return self.view(chat)
 
         return pick
@@ -184,10 +190,10 @@ class Handlers:
         sides = chat_view.sides(chat)
         boxes: list[Any] = [gr.skip()] * 4
         if len(sides) == 2:
-            boxes = [gr.update(value=text, label=f"{name}: {line}") for name, text, line in sides]
+            boxes = [gr.update(value=text, label=line) for text, line in sides]
             boxes += [gr.update(interactive=not busy)] * 2
         return [
-            gr.update(value=[message(line) for line in shown], feedback_value=[thumb(line) for line in shown]),
+            gr.update(value=[message(line) for line in shown], feedback_value=thumbs(shown)),
             [line.id for line in shown],
             gr.update(visible=len(sides) == 2),
             *boxes,
@@ -243,11 +249,17 @@ def exchange_at(chat: Chat, keys: list[str], index: Any) -> str:
 
 def message(line: chat_view.Line) -> dict[str, Any]:
     """A line as the log takes it: text, never markup; thoughts folded."""
-    found: dict[str, Any] = {"role": line.role, "content": line.text}
+    found: dict[str, Any] = {"role": line.role, "content": chat_view.as_text(line)}
     if line.title:
         found["metadata"] = {"title": line.title, "status": "pending" if line.open else "done"}
     return found
 
 
-def thumb(line: chat_view.Line) -> str | None:
-    return None if line.liked is None else "Like" if line.liked else "Dislike"
+def thumbs(lines: list[chat_view.Line]) -> list[str | None]:
+    """One for each bubble: a thought and its answer stand in the same one, so the answer's is the last."""
+    named = {None: None, True: "Like", False: "Dislike"}
+    return [
+        named[[line.liked for line in bubble][-1]]
+        for role, bubble in itertools.groupby(lines, key=lambda line: line.role)
+        if role == "assistant"
+    ]

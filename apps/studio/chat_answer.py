@@ -17,6 +17,8 @@ from lowrank_align.studio.voices import BASE
 from .chat_parts import NEWEST, NO_REWARD, Parts
 from .manners import told
 
+HIDDEN = gr.update(visible=False)
+
 
 class Closer:
     """What is done with the answer that `chat-which` names; without one, that is the newest."""
@@ -54,7 +56,7 @@ class Closer:
             return show(chat)
 
         p.log.like(told(like), [who, p.keys], view, **at_once)
-        facts = [p.which, p.about, pair["text"], pair["other"]]
+        facts = [p.which, p.about, pair["text"], pair["other"], heat["panel"]]  # the map was of another answer
         p.which.input(told(self._chosen), [who, p.which], facts, **at_once)
         p.seen.change(told(self._changed), [who, p.which], facts, **at_once)
         pair["text"].focus(told(self._pinned), [who, p.which], p.which, **at_once)
@@ -91,7 +93,7 @@ class Closer:
     def _chosen(self, who: str, which: str) -> list[Any]:
         """Another answer was chosen: everything there is to know of it."""
         chat = self.chats.of(who)
-        return [gr.skip(), *self._facts(chat, self._newest(chat) if which == NEWEST else which)]
+        return [gr.skip(), *self._facts(chat, self._newest(chat) if which == NEWEST else which), HIDDEN]
 
     def _changed(self, who: str, which: str) -> list[Any]:
         """The talk has changed: what is typed about an older answer stays, unless that answer has gone."""
@@ -99,8 +101,8 @@ class Closer:
         ids = [key for _, key in chat_view.choices(chat)]
         if which in ids:
             about_it, _, other = self._facts(chat, which)
-            return [gr.skip(), about_it, gr.skip(), other]
-        return [NEWEST, *self._facts(chat, self._newest(chat))]
+            return [gr.skip(), about_it, gr.skip(), other, gr.skip()]
+        return [NEWEST, *self._facts(chat, self._newest(chat)), HIDDEN]
 
     def _pinned(self, who: str, which: str) -> Any:
         """Somebody begins to mend the newest answer: it stays the chosen one when the next one comes."""

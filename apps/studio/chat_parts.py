@@ -11,8 +11,8 @@ from lowrank_align.studio.voices import BASE
 
 NOBODY, NO_REWARD, NEWEST = "nobody", "no reward", "newest"
 EMPTY = (
-    "Nothing said yet. Type a message below and press Enter. At the side: who answers, side by side with whom, "
-    "and the system prompt."
+    "Nothing said yet. Type a message below; Enter sends it, Shift+Enter makes a new line. "
+    "Who answers, side by side with whom, and the system prompt stand in the panel beside it."
 )
 # Both read on white and on black; the words and numbers of the legend say the same.
 COLOURS = {MUCH_MORE: "#2f7ed8", MORE: "#9cc4ee", LESS: "#f0b37e", MUCH_LESS: "#d9622b"}
@@ -38,6 +38,7 @@ class Parts(NamedTuple):
     side_row: Any
     side_texts: list[Any]
     picks: list[Any]
+    keep_picks: Any
     standing: Any
     question: Any
     send: Any
@@ -63,20 +64,21 @@ def lay_out(studio: Studio) -> Parts:
     with gr.Row(elem_id="chat-desk"):
         with gr.Column(scale=7, min_width=320, elem_id="chat-main"):
             log = _log()
-            side_row, side_texts, picks = _sides()
-            standing = plain("chat-standing")
+            side_row, side_texts, picks, keep_picks = _sides()
+            standing = plain("chat-standing", max_lines=3)
             with gr.Row(elem_id="chat-ask"):
                 question = gr.Textbox(
                     show_label=False,
                     container=False,
-                    placeholder="Say something (Enter sends, Shift+Enter makes a new line)",
+                    placeholder="Write a message; Enter sends it",
                     lines=1,
                     max_lines=8,
                     scale=8,
+                    min_width=120,
                     elem_id="chat-input",
                 )
-                send = gr.Button("Send", variant="primary", scale=1, min_width=80, elem_id="chat-send")
-                stop = gr.Button("Stop", scale=1, min_width=80, interactive=False, elem_id="chat-stop")
+                send = gr.Button("Send", variant="primary", scale=1, min_width=64, elem_id="chat-send")
+                stop = gr.Button("Stop", scale=1, min_width=64, interactive=False, elem_id="chat-stop")
             with gr.Row(elem_id="chat-steps"):
                 steps = {
                     name: gr.Button(label, size="sm", min_width=90, elem_id=f"chat-{name}")
@@ -89,16 +91,16 @@ def lay_out(studio: Studio) -> Parts:
                 }
         with gr.Column(scale=3, min_width=260, elem_id="chat-aside"):
             controls, system = _controls(studio)
-    with gr.Accordion("One answer: thumbs, score, token map, pair", open=False, elem_id="chat-closer"):
+    with gr.Accordion("This answer: thumbs, score, token map, pairs", open=False, elem_id="chat-closer"):
         which = _listed("Which answer", "chat-which", [("the newest", NEWEST)], NEWEST)
-        about = plain("chat-about", lines=2)
+        about = plain("chat-about", max_lines=4)
         thumbs = _thumbs()
         heat = _heat()
         pair = _pair()
     export = _export()
     return Parts(
-        log, side_row, side_texts, picks, standing, question, send, stop, steps, system, controls, which, about,
-        thumbs, heat, pair, export, *states,
+        log, side_row, side_texts, picks, keep_picks, standing, question, send, stop, steps, system, controls, which,
+        about, thumbs, heat, pair, export, *states,
     )  # fmt: skip
 
 
@@ -122,6 +124,7 @@ def _listed(label: str, element: str, choices: list[Any], value: Any) -> gr.Drop
 
 
 def _log() -> gr.Chatbot:
+    """Its handlers escape every message (`chat_view.as_text`): the switches here do not make it show text as text."""
     return gr.Chatbot(
         show_label=False,
         elem_id="chat-log",
@@ -132,29 +135,23 @@ def _log() -> gr.Chatbot:
         latex_delimiters=[],
         allow_file_downloads=False,
         layout="bubble",
-        buttons=["copy"],
+        buttons=[],  # the copy button would give entities; text that is selected is as it was said
         editable="user",
         placeholder=EMPTY,
     )
 
 
-def _sides() -> tuple[Any, list[Any], list[Any]]:
+def _sides() -> tuple[Any, list[Any], list[Any], Any]:
     texts, picks = [], []
-    with gr.Row(visible=False, elem_id="chat-sides") as row:
-        for letter in "ab":
-            with gr.Column(min_width=260):
-                texts.append(
-                    gr.Textbox(
-                        label="",
-                        lines=6,
-                        max_lines=14,
-                        interactive=False,
-                        autoscroll=True,
-                        elem_id=f"chat-side-{letter}",
-                    )
-                )
-                picks.append(gr.Button("Go on with this one", size="sm", elem_id=f"chat-pick-{letter}"))
-    return row, texts, picks
+    with gr.Column(visible=False, elem_id="chat-sides") as block:
+        with gr.Row():
+            for letter in "ab":
+                with gr.Column(min_width=260):
+                    text = gr.Textbox(label="", lines=5, max_lines=12, interactive=False, elem_id=f"chat-side-{letter}")
+                    texts.append(text)
+                    picks.append(gr.Button("Go on with this one", size="sm", elem_id=f"chat-pick-{letter}"))
+        keep = gr.Checkbox(False, label="keep what I pick as a pair", container=False, elem_id="chat-pair-picks")
+    return block, texts, picks, keep
 
 
 def _controls(studio: Studio) -> tuple[Controls, Any]:
@@ -202,11 +199,11 @@ def _thumbs() -> dict[str, Any]:
 
 
 def _heat() -> dict[str, Any]:
-    with gr.Row(elem_id="chat-heat-ask", equal_height=True):
+    with gr.Row(elem_id="chat-heat-ask"):
         reference = gr.Dropdown([BASE], value=BASE, label="Token map against", elem_id="chat-reference")
-        draw = gr.Button("Draw the token map", size="sm", min_width=140, elem_id="chat-heat-draw")
+        draw = gr.Button("Draw the token map", size="sm", min_width=160, scale=0, elem_id="chat-heat-draw")
     with gr.Column(visible=False, elem_id="chat-heat-panel") as panel:
-        words = plain("chat-heat-words", lines=2)
+        words = plain("chat-heat-words", max_lines=5)
         marks = gr.HighlightedText(
             show_label=False,
             color_map=COLOURS,

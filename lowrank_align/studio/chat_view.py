@@ -1,5 +1,7 @@
 """What the page shows of a chat: its lines, how it stands, and a token map in words and numbers."""
 
+import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +15,7 @@ from lowrank_align.studio.token_map import Mark, TokenMap
 NOTHING = "(nothing: it ended at once)"
 NO_ANSWER = "(no answer yet: press Regenerate, or Undo)"
 TWO_BELOW = "(two answers, below: say which one the talk goes on with)"
+ZERO_WIDTH = "\u200b"
 EXCERPT = 60  # characters of an answer in a list
 
 # Per-token log-ratios in nats, by how much they are: e^0.5 is 1.6 times as likely, e^2 is 7 times.
@@ -47,15 +50,32 @@ def lines(chat: Chat) -> list[Line]:
     return found
 
 
-def sides(chat: Chat) -> list[tuple[str, str, str]]:
-    """(voice, text, line) of two answers that stand side by side; empty where there is nothing to pick."""
+def as_text(line: Line) -> str:
+    """The line so that the log shows it letter by letter: Gradio's Chatbot takes whatever it gets for HTML, also with
+    `render_markdown=False`, and fetches the images in it.
+
+    An answer's signs become entities. A question keeps its letters, with a mark of no width after each sign, since its
+    edit field shows what the log was given; `as_typed` takes the marks out again.
+    """
+    if line.role == "user":
+        return re.sub("[<&]", lambda sign: sign[0] + ZERO_WIDTH, line.text)
+    return html.escape(line.text, quote=False)
+
+
+def as_typed(text: str) -> str:
+    """A question out of the log's edit field."""
+    return re.sub(f"([<&]){ZERO_WIDTH}", lambda found: found[1], text)
+
+
+def sides(chat: Chat) -> list[tuple[str, str]]:
+    """(text, line about it) of two answers that stand side by side; empty where there is nothing to pick."""
     pending = chat.pending
     if pending is not None and pending.wish.against is not None:
-        return [(answer.source.voice, answer.text, _pace(answer)) for answer in pending.answers]
+        return [(answer.text, _pace(answer)) for answer in pending.answers]
     last = chat.talk.exchanges[-1] if chat.talk.exchanges else None
     if last is None or last.answer is not None:
         return []
-    return [(r.voice, r.text or NOTHING, about(r)) for r in last.responses[-2:]]
+    return [(r.text or NOTHING, about(r)) for r in last.responses[-2:]]
 
 
 def standing(chat: Chat) -> str:
