@@ -12,7 +12,7 @@ from lowrank_align.studio.pairs import Plan
 from lowrank_align.studio.studio import Studio
 
 from .collect_parts import EMPTY, Parts, lay_out
-from .manners import QUIET, told
+from .manners import AT_ONCE, QUIET, told
 
 STREAM_SECONDS = 0.2
 STRENGTHS = {"slightly": 1, "clearly": 2, "by far": 3}
@@ -36,6 +36,9 @@ class Handlers:
             p.order, p.rank_row, p.vote_a, p.vote_b, p.last, p.message, p.count, p.queue, p.empty, p.recent, p.timer,
             p.draw, *p.columns, *p.answers, *p.states,
         ]  # fmt: skip
+        # What people, or the stream, change on the page: sent each time. The rest only where it is new.
+        self.always = [p.prompt, p.strength, p.reason, p.tags, p.written, p.order, p.editing, p.message, p.timer]
+        self.always += [*p.answers, *p.states]
         self.streaming_view = [p.message, p.timer, *p.answers, *p.states]
 
     def wire(self) -> None:
@@ -43,7 +46,10 @@ class Handlers:
         view = self.desk_view
 
         def on(trigger: Any, handler: Any, inputs: list[Any], outputs: Any = None) -> None:
-            trigger(told(handler), inputs, view if outputs is None else outputs, **QUIET)
+            """An event that shows the desk, unless with `outputs` of its own."""
+            if outputs is None or outputs[: len(view)] == view:
+                handler, inputs, outputs = self.only_new(handler), [p.sent, *inputs], [p.sent, *(outputs or view)]
+            trigger(told(handler), inputs, outputs, **AT_ONCE)
 
         for trigger in (p.draw.click, p.prompt.submit):
             on(trigger, self.draw, [who, p.pair, p.prompt, p.system, *self.said])
@@ -64,9 +70,24 @@ class Handlers:
         on(p.paste_add.click, self.add_pasted, [who, p.paste], [*view, p.paste])
         on(p.examples.click, self.add_examples, [who])
         on(who.change, self.take_seat, [who])
-        self.page.on_load(self.take_seat, [who], view)
+        self.page.on_load(self.only_new(self.take_seat), [p.sent, who], [p.sent, *view])
         self.page.on_load(self.choices, [], p.voice_choices)
         self.page.tab("collect").select(told(self.choices), [], p.voice_choices, **QUIET)
+
+    def only_new(self, handler: Any) -> Any:
+        """The handler without what the page shows already: it remembers what it was sent (`sent`, first in and out)."""
+
+        def trimmed(sent: list[Any], *values: Any) -> list[Any]:
+            found = handler(*values)
+            before = sent or [None] * len(self.desk_view)
+            now, shown = [], []
+            for part, old, value in zip(self.desk_view, before, found, strict=False):
+                same = part not in self.always and value == old
+                shown.append(gr.skip() if same else value)
+                now.append(old if value == gr.skip() else value)
+            return [now, *shown, *found[len(self.desk_view) :]]
+
+        return trimmed
 
     # ---- what people do
 
@@ -182,28 +203,28 @@ class Handlers:
         now = shown_now(desk)
         if now.pair_id != pair:
             return [gr.skip()] * len(self.streaming_view)
-        return [now.message, gr.Timer(active=now.streaming), *self._texts(now, editing), *self._states(now)]
+        return [now.message, gr.update(active=now.streaming), *self._texts(now, editing), *self._states(now)]
 
     def beat(self, who: str, pair: str, seen: int, *said: Any) -> list[Any]:
-        """Every two seconds: the draft is kept, and what changed elsewhere is shown."""
+        """Every second: the draft is kept, and what changed elsewhere is shown."""
         desk = self.studio.desk(who)
         if pair:
             desk.keep_draft(pair, self._draft(desk, *said))
         pulse = self.studio.store.pulse()
         now = shown_now(desk)
-        if now.pair_id == pair and pulse == seen:
-            return [gr.skip()] * (len(self.desk_view) + 1)
-        if now.pair_id == pair:
+        if now.pair_id != pair:
+            return [*self.view(desk), pulse]
+        found: dict[Any, Any] = {}
+        if pulse != seen:
             line, queue = told_in_words(self.studio, desk)
-            keep: dict[Any, Any] = {self.parts.count: line, self.parts.queue: queue}
-            return [*(keep.get(part, gr.skip()) for part in self.desk_view), pulse]
-        return [*self.view(desk), pulse]
+            recent = decisions(self.studio, desk) or EMPTY
+            found = {self.parts.count: line, self.parts.queue: queue, self.parts.recent: recent}
+        return [*(found.get(part, gr.skip()) for part in self.desk_view), pulse]
 
     def view(self, desk: Desk, voted: Voted | None = None) -> list[Any]:
         """Everything on the desk, in the order of `desk_view`."""
         now = shown_now(desk)
         editing = sorted(now.edited)
-        line, queue = told_in_words(self.studio, desk)
         strength = next((word for word, number in STRENGTHS.items() if number == desk.draft.strength), None)
         tags = gr.update(value=list(desk.draft.tags), choices=self.studio.store.tags())
         ranking = now.count > 2
@@ -224,11 +245,11 @@ class Handlers:
             gr.update(visible=not ranking),
             "" if voted is None else _revealed(voted),
             now.message,
-            line,
-            queue,
+            gr.skip(),  # the counter, the queue and the last decisions follow with the next beat: a vote waits for none
+            gr.skip(),
             gr.update(visible=now.pair_id == "" and self.studio.store.queue_total() == 0),
-            decisions(self.studio, desk) or EMPTY,
-            gr.Timer(active=now.streaming),
+            gr.skip(),
+            gr.update(active=now.streaming),
             gr.update(value=now.next_label),
             *(gr.update(visible=side < max(2, now.count)) for side in range(SIDES)),
             *self._texts(now, [], fresh=True),

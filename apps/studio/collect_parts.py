@@ -8,7 +8,7 @@ import gradio as gr
 from lowrank_align.studio.collecting_view import SIDES
 from lowrank_align.studio.studio import Studio
 
-STREAM_SECONDS, BEAT_SECONDS = 0.2, 2.0
+STREAM_SECONDS, BEAT_SECONDS = 0.2, 1.0
 EMPTY = "nothing decided yet"
 NO_PROMPTS = (
     "No prompts yet. Type one above and press Enter; or open **Queue** below and add a file of prompts, paste some, "
@@ -25,6 +25,7 @@ class Parts:
     last_pair: Any = None
     editing: Any = None
     seen: Any = None
+    sent: Any = None
     prompt: Any = None
     before: Any = None
     draw: Any = None
@@ -68,6 +69,7 @@ def lay_out(studio: Studio) -> Parts:
     """From the prompt at the top to the panels that are a glance away."""
     p = Parts()
     p.pair, p.last_pair, p.editing, p.seen = gr.State(""), gr.State(""), gr.State([]), gr.State(-1)
+    p.sent = gr.State([])
     p.timer, p.beat = gr.Timer(STREAM_SECONDS, active=False), gr.Timer(BEAT_SECONDS)
     _prompt(p)
     _answers(p)

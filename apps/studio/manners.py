@@ -20,6 +20,8 @@ SECONDS_SHOWN = 8
 # A quiet event: no spinner over what people read, and no entry in the list of endpoints.
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
+AT_ONCE: dict[str, Any] = QUIET | {"queue": False}  # for what answers within milliseconds: no place in a queue first
+
 
 def told(handler: Callable[..., Any]) -> Callable[..., Any]:
     """The handler with its errors told as one sentence in the page; what it would have changed stays as it was."""

@@ -10,7 +10,7 @@ import gradio as gr
 from lowrank_align.studio.studio import Studio
 
 from . import arena, chat, collect, data, train
-from .manners import QUIET, told
+from .manners import AT_ONCE, QUIET, told
 
 TABS: dict[str, Callable[[Studio, "Page"], None]] = {
     "collect": collect.build,
@@ -66,7 +66,13 @@ def build_page(studio: Studio) -> gr.Blocks:
                 with page.tab(name):
                     build(studio, page)
         gr.HTML(_static("keys.html"), elem_id="keys", padding=False)
-        page.clock.tick(lambda: _header(studio), None, facts, **QUIET)
+        told_last = gr.State("")
+
+        def header(last: str) -> list[Any]:
+            now = _header(studio)
+            return [gr.skip() if now == last else now, now]
+
+        page.clock.tick(told(header), told_last, [facts, told_last], **AT_ONCE)
     return demo
 
 

@@ -23,6 +23,7 @@ class Filters:
     text: str | None = None
     origin: str | None = None
     deleted: bool | None = False  # True: the deleted ones alone
+    repeats: bool | None = None  # False: without pairs that were shown again
 
     def where(self) -> tuple[str, list[Any]]:
         """The condition, and its parameters in order."""
@@ -48,6 +49,8 @@ class Filters:
             also("(instr(r.searchable, ?) OR instr(e.searchable, ?))", needle, needle)
         if self.origin is not None:
             also("r.origin = ?", self.origin)
+        if self.repeats is not None:
+            also("r.repeat_of IS NOT NULL" if self.repeats else "r.repeat_of IS NULL")
         if self.deleted is not None:
             also("e.deleted = ?", int(self.deleted))
         return " AND ".join(conditions) or "1", parameters

@@ -175,10 +175,12 @@ class Desk:
             pair.stop()
             judgement = self._judgement(pair, choice, ranks, streaming)
             record = pair.to_record(self._studio)
-            self._store.add(record)
-            self.version = self._store.judge(
-                record.id, self.annotator, judgement, expected_version=self.version, event_id=event_id
-            )
+            with self._store.batch():
+                self._store.add(record)
+                version = self._store.judge(
+                    record.id, self.annotator, judgement, expected_version=self.version, event_id=event_id
+                )
+            self.version = version
             pair.record = record
             self._count_vote(pair)
             entry = self._store.entry(record.id, self.annotator)
@@ -270,8 +272,8 @@ class Desk:
         self.upcoming.look_ahead(self.current)
 
     def _clear(self) -> None:
+        """Nothing on the desk. What is remembered of it stays until the next pair; once decided, it is passed over."""
         self.current, self.version, self.held, self.draft = None, 0, False, Draft()
-        self._remember()
 
     def _keep(self, draft: Draft | None) -> None:
         if draft is not None and draft != self.draft:
@@ -337,6 +339,8 @@ class Desk:
             said = note["draft"]
             edits = {int(k): str(v) for k, v in said["edits"].items()}
             draft = Draft(said["strength"], said["reason"], tuple(said["tags"]), edits)
+            if self._store.find(str(note["pair"]["id"])) is not None:
+                return  # it was decided after it was put down
             pair = drawn_again(self._studio, note["pair"])
         except (KeyError, TypeError, ValueError):  # written by an older version
             log.info("what was on %s's desk cannot be taken up; the queue goes on", self.annotator)

@@ -106,7 +106,7 @@ def _asked(prompt: Text) -> tuple[str, str]:
 
 def told_in_words(studio: "Studio", desk: Desk) -> tuple[str, str]:
     """The counter's line with what it warns of, and how many prompts wait."""
-    tally = Tally.of(studio.store.entries(annotator=desk.annotator))
+    tally = Tally.of_annotator(studio.store, desk.annotator)
     lines = [tally.in_words(desk.pace()), *tally.warnings()]
     if hint := studio.trainer.enough(tally.pairs):
         lines.append(hint)

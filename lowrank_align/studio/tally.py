@@ -1,13 +1,16 @@
 """How collecting goes, in a line or two: how many, how fast, and what a trainer would learn by mistake."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from lowrank_align.ratings import WinRate
-from lowrank_align.store import Entry
+from lowrank_align.store import Entry, Store
 from lowrank_align.studio.collecting import best_answer
 from lowrank_align.studio.pairs import said
 
+KINDS = ("pair", "battle", "ranking")
+LATELY = 300  # decisions, over which the shares are taken
 ENOUGH_TO_SAY = 10  # decisions, before shares are told
 ONE_SIDED = 0.5  # the interval of a share that does not reach this tells of a habit
 MUCH_LONGER = 0.7
@@ -25,9 +28,23 @@ class Tally:
     longer: WinRate  # of decided pairs, how often the longer answer won
 
     @classmethod
+    def of_annotator(cls, store: Store, annotator: str) -> "Tally":
+        """Of everything that the annotator has decided; the shares of the last decisions, so that it stays quick."""
+        chosen: dict[str, Any] = {"annotator": annotator, "kinds": KINDS, "repeats": False}
+        lately = cls.of(store.entries(**chosen, limit=LATELY))
+        bad = store.entries(**chosen, verdicts=("bad",))
+        return replace(
+            lately,
+            pairs=store.count(**chosen, verdicts=("preferred", "tie", "ranked")) + sum(map(_mended, bad)),
+            ties=store.count(**chosen, verdicts=("tie",)),
+            both_bad=len(bad),
+            skipped=store.count(**chosen, verdicts=("skip",)),
+        )
+
+    @classmethod
     def of(cls, entries: Sequence[Entry]) -> "Tally":
         """Over what stands; pairs shown again to measure consistency count for nothing here."""
-        fresh = [e for e in entries if e.record.kind in ("pair", "battle", "ranking") and e.record.repeat_of is None]
+        fresh = [e for e in entries if e.record.kind in KINDS and e.record.repeat_of is None]
         verdicts = [entry.judgement.verdict for entry in fresh]
         decided = [e for e in fresh if e.judgement.verdict == "preferred" and len(e.record.completions) == 2]
         left, longer, same_length = 0, 0, 0
@@ -40,7 +57,7 @@ class Tally:
             same_length += lengths[0] == lengths[1]
         return cls(
             pairs=sum(v in ("preferred", "tie", "ranked") for v in verdicts)
-            + sum(best_answer(e) is not None and e.judgement.verdict == "bad" for e in fresh),
+            + sum(e.judgement.verdict == "bad" and _mended(e) for e in fresh),
             ties=verdicts.count("tie"),
             both_bad=verdicts.count("bad"),
             skipped=verdicts.count("skip"),
@@ -69,6 +86,11 @@ class Tally:
             wins = share(self.longer)
             found.append(f"The longer answer wins {wins} of the time: a model will learn to write longer.")
         return found
+
+
+def _mended(entry: Entry) -> bool:
+    """Both were bad, and a better answer was written: a pair all the same."""
+    return best_answer(entry) is not None
 
 
 def share(rate: WinRate) -> str:
