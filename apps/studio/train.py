@@ -1,8 +1,6 @@
 """Train: what to train on what, what is known before it starts, and how it goes while it does.
 
-The run is the trainer's, not the page's: every page shows the same one, and a reload changes nothing. When it has
-ended, `Compare with before` and `Chat with it` go to the other tabs, which find whom to show in the store's notes
-(`ARENA_PLAYERS`, `CHAT_VOICE`).
+The run is the trainer's, not the page's: every page shows the same one, and a reload changes nothing.
 """
 
 from pathlib import Path
@@ -19,10 +17,10 @@ from lowrank_align.studio.live_run import Status
 from lowrank_align.studio.run_request import KNOBS, Request, View, all_settings, follows_reward
 from lowrank_align.studio.studio import Studio
 
+from .arena import compare
 from .manners import QUIET, told
 from .train_parts import EMPTY, Parts, lay_out, progress_bar
 
-ARENA_PLAYERS, CHAT_VOICE = "arena-players", "chat-voice"  # notes in the store that the other tabs look for
 MARKS: dict[Level, str] = {"good": "✓", "watch": "• look:", "bad": "✗"}
 WORDS: dict[Level, str] = {"good": "Good", "watch": "Watch", "bad": "Bad"}
 EVERYTHING, ANNOTATOR, TAG, FILE, UPLOADED = "everything", "annotator:", "tag:", "file:", "uploaded"
@@ -41,12 +39,14 @@ class Handlers:
     def __init__(self, studio: Studio, page: Any, parts: Parts) -> None:
         self.studio, self.page, self.parts = studio, page, parts
         p = parts
+        self.speakers = [one for one in page.demo.blocks.values() if one.elem_id == "chat-adapter"]  # chat's own choice
         self.asked = [p.method, p.name, p.data, p.uploaded, p.start_from, p.reward, p.more, *p.knobs]
         self.of_method = [p.about, p.name, p.reward, p.settings, *p.knobs]
         self.choices = [p.data, p.start_from, p.reward, p.resume_row, p.resume_run]
         self.live = [
-            p.seen, p.status, p.progress, p.health, p.start, p.stop, p.ended_row, p.compare, p.chat, p.samples, p.log,
-            *p.plots, *self.choices,
+            p.seen, p.status, p.progress, p.health, p.start, p.stop, p.ended_row, p.compare, p.chat, p.samples_panel,
+            p.samples, p.log,
+            *p.plots,
         ]  # fmt: skip
 
     def wire(self) -> None:
@@ -62,20 +62,20 @@ class Handlers:
         for typed in (p.more, p.name, *p.knobs):
             typed.blur(told(self.check), self.asked, [p.plan], trigger_mode="always_last", **QUIET)
         p.check.click(told(self.check), self.asked, [p.plan], **QUIET)
-        p.start.click(told(self.start), self.asked, [p.name, *self.live], **QUIET)
+        p.start.click(told(self.start), self.asked, [p.name, *self.live, *self.choices], **QUIET)
         p.stop.click(told(self.stop), None, self.live, **QUIET)
-        p.resume.click(told(self.resume), [p.resume_run], self.live, **QUIET)
-        p.compare.click(told(self.compare), None, [page.tabs], **QUIET)
-        p.chat.click(told(self.chat), None, [page.tabs], **QUIET)
-        page.clock.tick(told(self.tick), [p.seen, p.data, p.start_from, p.reward, p.resume_run], self.live, **QUIET)
-        page.on_load(self.open, [p.method], [*self.of_method, *self.live])
-        page.tab("train").select(
-            told(self.refresh), [p.data, p.start_from, p.reward, p.resume_run], self.choices, **QUIET
-        ).then(told(self.check), self.asked, [p.plan], **QUIET)
+        p.resume.click(told(self.resume), [p.resume_run], [*self.live, *self.choices], **QUIET)
+        p.compare.click(told(self.compare), [page.annotator], [page.tabs], **QUIET)
+        p.chat.click(told(self.chat), None, [page.tabs, *self.speakers], **QUIET)
+        page.clock.tick(told(self.tick), [p.seen], [*self.live, *self.choices], **QUIET)
+        page.on_load(self.open, [p.method], [*self.of_method, *self.live, *self.choices])
+        page.tab("train").select(told(self.refresh), [p.data, p.start_from, p.reward], self.choices, **QUIET).then(
+            told(self.check), self.asked, [p.plan], **QUIET
+        )
 
     # ---- what is asked for
 
-    def take_method(self, method: str, name: str) -> list[Any]:
+    def take_method(self, method: str, name: str | None) -> list[Any]:
         """The method's own numbers and settings; a name that was proposed is proposed anew."""
         trainer = self.studio.trainer
         proposed = {trainer.fresh_name(other) for other in trainer.methods()} | {""}
@@ -88,7 +88,7 @@ class Handlers:
         ]
         return [
             f"{(METHODS[method].__doc__ or method).strip()}",
-            trainer.fresh_name(method) if name.strip() in proposed else gr.skip(),
+            trainer.fresh_name(method) if (name or "").strip() in proposed else gr.skip(),
             gr.update(visible=follows_reward(method)),
             [list(row) for row in all_settings(method)],
             *knobs,
@@ -99,14 +99,23 @@ class Handlers:
         if not path:
             return gr.skip(), gr.skip()
         found = self.studio.trainer.file(path, self._upload_folders())
-        return gr.update(choices=[*self._data(), (f"uploaded: {found.name}", UPLOADED)], value=UPLOADED), str(found)
+        gr.Info(f"{found.name} is there.", title="")
+        return UPLOADED, str(found)
 
     def request(
-        self, method: str, name: str, data: str, uploaded: str | None, start: str, reward: str, more: str, *knobs: Any
+        self,
+        method: str,
+        name: str | None,
+        data: str | None,
+        uploaded: str | None,
+        start: str,
+        reward: str | None,
+        more: str | None,
+        *knobs: Any,
     ) -> Request:
         """What the page says, as the trainer takes it."""
         numbers = dict(zip(KNOBS, knobs, strict=True))
-        return Request(method, name, self._chosen(data, uploaded), start, reward or None, numbers, more)
+        return Request(method, name or "", self._chosen(data, uploaded), start, reward or None, numbers, more or "")
 
     def check(self, *asked: Any) -> str:
         """What is known before a start."""
@@ -118,7 +127,7 @@ class Handlers:
     def start(self, *asked: Any) -> list[Any]:
         request = self.request(*asked)
         self.studio.trainer.start(request)
-        return [self.studio.trainer.fresh_name(request.method), *self.view(*self._kept(asked))]
+        return [self.studio.trainer.fresh_name(request.method), *self.view(), *self._lists()]
 
     def stop(self) -> list[Any]:
         self.studio.trainer.stop()
@@ -128,50 +137,52 @@ class Handlers:
         if not name:
             raise UserError("choose a run to resume")
         self.studio.trainer.resume(name)
-        return self.view()
+        return [*self.view(), *self._lists()]
 
-    def compare(self) -> Any:
+    def compare(self, who: str) -> Any:
         """The Arena, with the new one against what it started from."""
-        status = self.studio.trainer.status()
-        self.studio.store.note(ARENA_PLAYERS, [self.studio.trainer.before() or "base", status.run])
-        return gr.Tabs(selected="arena")
+        trainer = self.studio.trainer
+        return compare(self.studio, who, trainer.status().run, trainer.before())
 
-    def chat(self) -> Any:
+    def chat(self) -> list[Any]:
         """Chat, with the new adapter."""
-        self.studio.store.note(CHAT_VOICE, self.studio.trainer.status().run)
-        return gr.Tabs(selected="chat")
+        chosen = gr.update(choices=self.studio.voices.names(), value=self.studio.trainer.status().run)
+        return [gr.update(selected="chat"), *[chosen] * len(self.speakers)]
 
     # ---- what is to be seen
 
     def open(self, method: str) -> list[Any]:
         """A page was opened or loaded again."""
-        return [*self.take_method(method, ""), *self.view()]
+        return [*self.take_method(method, ""), *self.view(), *self.refresh(None, None, None)]
 
-    def tick(self, seen: int, *chosen: Any) -> list[Any]:
+    def tick(self, seen: int) -> list[Any]:
         """Once a second; nothing is sent while nothing has changed."""
-        if seen == self.studio.trainer.status().version:
-            return [gr.skip()] * len(self.live)
-        shown = self.view(*chosen)
-        if self.studio.trainer.status().state == "running":  # somebody may just be choosing
-            shown[-len(self.choices) :] = [gr.skip()] * len(self.choices)
-        return shown
+        status = self.studio.trainer.status()
+        if seen == status.version:
+            return [gr.skip()] * (len(self.live) + len(self.choices))
+        return [*self.view(), *(self._lists() if status.state != "running" else [gr.skip()] * len(self.choices))]
 
-    def refresh(self, *chosen: Any) -> list[Any]:
-        """What can be chosen, after other tabs may have made more of it; what is chosen stays."""
-        data, start, reward, resumable = (*chosen, None, None, None, None)[:4]
-        trainer, voices = self.studio.trainer, self.studio.voices
+    def refresh(self, *chosen: str | None) -> list[Any]:
+        """What can be chosen, after other tabs may have made more of it; what is chosen stays, else it is the first."""
+        lists = self._lists()
+        for update, value in zip(lists, chosen, strict=False):
+            values = [one for _, one in update["choices"]]
+            update["value"] = value if value in values else next(iter(values), None)
+        return lists
+
+    def _lists(self) -> list[Any]:
+        """Data, adapters, rewards and what can be resumed, as they are by now; what is chosen is left to the page."""
+        trainer = self.studio.trainer
         found = trainer.resumable()
-        files = self._data()
-        files += [("uploaded", UPLOADED)] if data == UPLOADED else []
         return [
-            _dropdown(files, data),
-            _dropdown([(name, name) for name in trainer.starts()], start),
-            _dropdown([(name, name) for name in voices.rewards()], reward),
+            gr.update(choices=self._data()),
+            gr.update(choices=[(name, name) for name in trainer.starts()]),
+            gr.update(choices=[(name, name) for name in self.studio.voices.rewards()]),
             gr.update(visible=bool(found) and not trainer.status().active),
-            _dropdown([(one.sentence, one.name) for one in found], resumable),
+            gr.update(choices=[(one.sentence, one.name) for one in found], value=found[0].name if found else None),
         ]
 
-    def view(self, *chosen: Any) -> list[Any]:
+    def view(self) -> list[Any]:
         """Everything about the run, as `live` has it."""
         trainer = self.studio.trainer
         status = trainer.status()
@@ -191,10 +202,10 @@ class Handlers:
             gr.update(visible=ended and speaks),
             gr.update(interactive=speaks),
             gr.update(interactive=speaks),
+            gr.update(visible=bool(trainer.samples)),
             self._samples(),
             "\n".join(trainer.log),
             *(_plot(figures, panel, status) for panel in PANELS),
-            *self.refresh(*chosen),
         ]
 
     # ---- inside
@@ -211,10 +222,13 @@ class Handlers:
         choices = [("everything collected", EVERYTHING)]
         choices += [(f"by {name}", f"{ANNOTATOR}{name}") for name in people if len(people) > 1]
         choices += [(f"tagged {tag}", f"{TAG}{tag}") for tag in store.tags()]
-        return choices + [(f"file {name}", f"{FILE}{name}") for name in self.studio.trainer.files()]
+        choices += [(f"file {name}", f"{FILE}{name}") for name in self.studio.trainer.files()]
+        return [*choices, ("an uploaded file", UPLOADED)]
 
     def _chosen(self, data: str | None, uploaded: str | None) -> View | Path:
-        if data == UPLOADED and uploaded:
+        if data == UPLOADED:
+            if not uploaded:
+                raise UserError("no file is uploaded yet; press Upload and choose one")
             return self.studio.trainer.file(uploaded, self._upload_folders())
         given = data or EVERYTHING
         if given.startswith(FILE):
@@ -226,22 +240,11 @@ class Handlers:
     def _upload_folders(self) -> list[Path]:
         return [Path(self.parts.upload.GRADIO_CACHE)]
 
-    def _kept(self, asked: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What was chosen in the lists, of everything that was asked."""
-        _, _, data, _, start, reward, *_ = asked
-        return data, start, reward, None
-
-
-def _dropdown(choices: list[tuple[str, str]], chosen: str | None) -> Any:
-    """The list with what was chosen still chosen, else its first."""
-    values = [value for _, value in choices]
-    return gr.update(choices=choices, value=chosen if chosen in values else next(iter(values), None))
-
 
 def _plot(figures: Any, panel: Any, status: Status) -> Any:
     drawn = points(figures, panel)
     if not drawn:
-        return gr.update(visible=False)
+        return gr.update(visible="hidden")  # taken out of the page, it could not be measured when it comes back
     table = pd.DataFrame(
         [(point.step, point.value, point.curve) for point in drawn], columns=["step", "value", "curve"]
     )

@@ -12,10 +12,10 @@ from lowrank_align.studio.studio import Studio
 
 FIRST_METHOD = "dpo"  # what pairs are for
 LABELS = {
-    "epochs": "Rounds through the data",
-    "max_steps": "or so many steps",
+    "epochs": "Rounds",
+    "max_steps": "or steps",
     "learning_rate": "Learning rate",
-    "beta": "Beta (nearness)",
+    "beta": "Beta",
     "kl_coefficient": "KL coefficient",
     "batch_size": "Batch size",
 }
@@ -53,6 +53,7 @@ class Parts:
     chat: Any = None
     plots: list[Any] = field(default_factory=list)
     plot_row: Any = None
+    samples_panel: Any = None
     samples: Any = None
     log: Any = None
     seen: Any = None
@@ -114,6 +115,7 @@ def _asked(p: Parts, studio: Studio) -> None:
             interactive=False,
             wrap=True,
             max_height=260,
+            buttons=[],
             column_widths=["30%", "18%", "52%"],
             label="Settings",
             elem_id="train-settings",
@@ -144,20 +146,20 @@ def _seen(p: Parts) -> None:
                     None,
                     x="step",
                     y="value",
-                    color="curve",
+                    color="curve" if len(set(panel.metrics.values())) > 1 else None,
                     title=panel.title,
                     x_title=" ",
                     y_title=" ",
                     color_title=" ",
                     height=PLOT_HEIGHT,
                     show_label=False,
-                    visible=False,
+                    visible="hidden",
                     buttons=[],
                     min_width=260,
                     elem_classes="train-panel",
                 )
             )
-    with gr.Accordion("Samples", open=True, visible=True, elem_id="train-samples-panel"):
+    with gr.Accordion("Samples", open=True, visible=False, elem_id="train-samples-panel") as p.samples_panel:
         p.samples = gr.Dataframe(
             [],
             headers=["step", "prompt", "answer", "score"],
@@ -165,7 +167,8 @@ def _seen(p: Parts) -> None:
             interactive=False,
             wrap=True,
             max_height=320,
-            column_widths=["8%", "38%", "44%", "10%"],
+            buttons=[],
+            column_widths=["60px", "38%", "46%", "70px"],
             show_label=False,
             elem_id="train-samples",
         )

@@ -15,7 +15,7 @@ Level = Literal["good", "watch", "bad"]
 
 FEW_STEPS = 5  # fewer say nothing
 FALL_OF_MARGIN = (0.25, 1.0)  # the chosen answers' fall as a part of the margin: to watch, and bad
-FALL_OF_LOGPS = 0.1  # of their log-probs: a little is lost in every good run (docs/log.md)
+FALL_OF_LOGPS = (0.1, 0.3)  # of their log-probs, alike: a little is lost in every good run
 LEAST_MARGIN = 0.05  # below it, a share of the margin is noise
 STUCK_ACCURACY, LEARNT_ACCURACY = 0.55, 0.7
 KL_A_TOKEN = (0.5, 2.0)  # nats
@@ -119,12 +119,14 @@ def _chosen_fall(run: Series) -> Remark | None:
         what = f"Chosen log-probs fall by more than the margin grows (reward {chosen:.2f}, margin {margin:.2f})."
         return Remark("bad", what, do)
     logps = run.change("logps/chosen")
-    if logps is None or not logps.falls or logps.before - logps.after < FALL_OF_LOGPS * abs(logps.before):
+    if logps is None or not logps.falls or logps.before - logps.after < FALL_OF_LOGPS[0] * abs(logps.before):
         return None
     if chosen is not None and share < FALL_OF_MARGIN[0]:
         return None
     moved = f"{logps.before:.1f} to {logps.after:.1f} nats"
-    return Remark("watch", f"Chosen log-probs fall ({moved}) while the margin grows ({margin:.2f}).", do)
+    lost = logps.before - logps.after >= FALL_OF_LOGPS[1] * abs(logps.before)
+    what = f"Chosen log-probs fall ({moved}) while the margin grows ({margin:.2f})."
+    return Remark("bad" if lost else "watch", what, do)
 
 
 def _memorised(run: Series) -> Remark | None:

@@ -77,22 +77,27 @@ class LiveRun(Progress):
         self.stopping = StopSignals()
         self._lock = threading.Lock()
         self._facts = _Facts()
+        self._read_back()  # of a run that goes on
         self._on_start = on_start
         self._started = time.monotonic()
 
     # ---- what the training thread reports
 
     def start(self, title: str, total: int, done: int) -> None:
-        figures = [_plain(entry) for entry in read_metrics(self.folder / METRICS)]
-        samples = [one for entry in read_metrics(self.folder / SAMPLES) for one in _samples(entry["step"], [entry])]
+        self._read_back()  # what stands behind the checkpoint has been taken away
         with self._lock:
             facts = self._facts
             facts.state, facts.step, facts.total = "running", done, total
-            facts.figures, facts.samples = figures, samples[-SAMPLES_KEPT:]
             facts.moments = [time.monotonic()]
             facts.version = next(_versions)
         if self._on_start is not None:
             self._on_start()
+
+    def _read_back(self) -> None:
+        figures = [_plain(entry) for entry in read_metrics(self.folder / METRICS)]
+        samples = [one for entry in read_metrics(self.folder / SAMPLES) for one in _samples(entry["step"], [entry])]
+        with self._lock:
+            self._facts.figures, self._facts.samples = figures, samples[-SAMPLES_KEPT:]
 
     def step(self, step: int, figures: Mapping[str, float]) -> None:
         with self._lock:

@@ -73,10 +73,10 @@ def settings_to_resume(studio: "Studio", name: str) -> TrainSettings:
     return settings
 
 
-def fresh_name(studio: "Studio", method: str) -> str:
-    """`dpo-3` where dpo-1 and dpo-2 are taken."""
+def fresh_name(studio: "Studio", method: str, besides: str = "") -> str:
+    """`dpo-3` where dpo-1 and dpo-2 are taken, or one of them is `besides`."""
     number = 1
-    while is_taken(studio, f"{method}-{number}"):
+    while (name := f"{method}-{number}") == besides or is_taken(studio, name):
         number += 1
     return f"{method}-{number}"
 

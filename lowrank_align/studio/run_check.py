@@ -92,7 +92,9 @@ def check_run(base: "Base", settings: TrainSettings, pace: Pace | None, left_out
 def _amount(rows: Sequence[Row], settings: TrainSettings, steps: int) -> str:
     counts = {shape: sum(row.shape is shape for row in rows) for shape in Shape}
     what = " and ".join(counted(n, NAMES.get(shape, f"{shape} row")) for shape, n in counts.items() if n)
-    rounds = f"{settings.epochs:g} round{'s' * (settings.epochs != 1)}" if settings.max_steps is None else "max_steps"
+    if settings.max_steps is not None:
+        return f"{what}; {counted(steps, 'step')} in batches of {settings.batch_size}."
+    rounds = f"{settings.epochs:g} round{'s' * (settings.epochs != 1)}"
     return f"{what}; {rounds} in batches of {settings.batch_size}: {counted(steps, 'step')}."
 
 

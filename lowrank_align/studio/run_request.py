@@ -105,7 +105,7 @@ def preset_of(studio: "Studio") -> str | None:
 
 
 def settings_of(studio: "Studio", request: Request, rows: Path, count: int) -> TrainSettings:
-    """The settings of a run on `count` rows in the file `rows`. UserError for what is wrong, or not to be asked here."""
+    """The settings of a run on `count` rows in the file `rows`. UserError for what is wrong or not to be asked."""
     kind = method_settings(request.method)
     more = _read_more(request.more, kind)
     given: dict[str, Any] = {"model": studio.base.name, "quantize": studio.base.quantize, "preset": preset_of(studio)}
@@ -168,11 +168,12 @@ def _reward_of(studio: "Studio", request: Request) -> str:
         raise UserError(
             f"{request.method} follows a reward model, and there is none yet; train one first (method reward)"
         )
-    if not request.reward:
+    chosen = request.reward or (known[0] if len(known) == 1 else None)
+    if not chosen:
         raise UserError(f"{request.method} follows a reward model; choose one")
-    run = studio.voices.run_of(request.reward)
-    if run is None or request.reward not in known:
-        raise UserError(f"{request.reward}: no reward run{nearest(request.reward, known)}; choose one listed")
+    run = studio.voices.run_of(chosen)
+    if run is None or chosen not in known:
+        raise UserError(f"{chosen}: no reward run{nearest(chosen, known)}; choose one listed")
     return str(run)
 
 

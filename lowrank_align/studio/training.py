@@ -68,7 +68,8 @@ class Trainer:
 
     def fresh_name(self, method: str) -> str:
         """A name for a run that is not taken."""
-        return old_runs.fresh_name(self._studio, method)
+        status = self.status()
+        return old_runs.fresh_name(self._studio, method, besides=status.run if status.active else "")
 
     def files(self) -> list[str]:
         """The names of the data files that lie beside the runs."""
@@ -195,10 +196,10 @@ class Trainer:
         live = self._live
         return health(live.method, live.figures) if live is not None and live.figures else []
 
-    def before(self) -> str | None:
+    def before(self) -> str:
         """The voice that the newest run started from."""
         live = self._live
-        return live.started_from if live is not None else None
+        return live.started_from if live is not None else self.starts()[0]
 
     def in_words(self) -> str:
         """For the header: `training dpo-1, step 3 of 20`; empty while nothing runs."""

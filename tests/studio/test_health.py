@@ -88,6 +88,8 @@ def test_chosen_answers_that_become_less_likely() -> None:
     falling = worst("dpo", GOOD_DPO, logps__chosen=lambda t: -50 - 10 * t, rewards__chosen=lambda t: -0.4 * t)
     assert falling.level == "watch" and "Chosen log-probs fall" in falling.what and "learning rate" in falling.do
     assert "NLL" in falling.do
+    far = worst("dpo", GOOD_DPO, logps__chosen=lambda t: -50 - 30 * t, rewards__chosen=lambda t: -0.4 * t)
+    assert far.level == "bad" and "Chosen log-probs fall" in far.what  # 50 -> 80 is more than three tenths
     lost = worst("dpo", GOOD_DPO, logps__chosen=lambda t: -50 - 10 * t, rewards__chosen=lambda t: -1.2 * t)
     assert lost.level == "bad" and "more than the margin" in lost.what
 

@@ -101,11 +101,12 @@ def test_ppo_follows_a_reward_run(studio: Any) -> None:
     with pytest.raises(UserError, match="there is none yet; train one first"):
         studio.trainer.start(request("ppo", "follows"))
     assert finish(studio, request("reward", "taste")).state == "finished"
-    with pytest.raises(UserError, match="choose one"):
-        studio.trainer.start(request("ppo", "follows"))
-    asked = request("ppo", "follows", reward="taste", more="max_new_tokens: 4\nppo_epochs: 1\nrank: 2")
-    status = finish(studio, asked)
+    with pytest.raises(UserError, match="tast: no reward run .did you mean taste"):
+        studio.trainer.start(request("ppo", "follows", reward="tast"))
+    asked = request("ppo", "follows", more="max_new_tokens: 4\nppo_epochs: 1\nrank: 2")
+    status = finish(studio, asked)  # the only reward run need not be named
     assert status.state == "finished", status.sentence
+    assert read_yaml("runs/follows/config.yaml")["reward"] == "runs/taste"
     assert studio.voices.rewards() == ["taste"] and "follows" in studio.voices.names()
     assert "objective/kl" in studio.trainer.figures[0]
     assert set(studio.base.roles) == {"base"}
