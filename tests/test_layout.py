@@ -247,12 +247,14 @@ LIGHT = [
     ".cli",
     ".commands.presets",
     ".commands.plan",
+    ".locks",
+    ".apps.studio",
 ]
 
 
 def test_importing_loads_no_torch() -> None:
     """`--help` answers at once only if nothing on its way imports the heavy libraries."""
-    heavy = {"torch", "transformers", "datasets", "peft", "matplotlib"}
+    heavy = {"torch", "transformers", "datasets", "peft", "matplotlib", "gradio"}
     code = f"""
 import importlib, sys
 for name in {LIGHT}:

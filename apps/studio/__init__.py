@@ -120,16 +120,20 @@ def _serve(
 
 def summary(studio: "Studio") -> list[str]:
     """What was loaded, the memory it takes, what is left, and what the store holds."""
-    from lowrank_align.plan.words import gib
-
     facts, store = studio.facts(), studio.store
     device, dtype = studio.base.device, str(studio.base.compute_dtype).removeprefix("torch.")
     judged, waiting = store.count(), store.queue_total()
     return [
-        f"{facts.model}: {facts.quantize}, {dtype}, one copy on {device}, {gib(facts.base_bytes)}; "
-        f"{gib(facts.free_bytes)} are free",
+        f"{facts.model}: {facts.quantize}, {dtype}, one copy on {device}, {_size(facts.base_bytes)}; "
+        f"{_size(facts.free_bytes)} are free",
         f"{store.path}: {judged} judgement{'s' * (judged != 1)}, {waiting} prompt{'s' * (waiting != 1)} in the queue",
     ]
+
+
+def _size(size_bytes: int) -> str:
+    from lowrank_align.plan.words import gib
+
+    return gib(size_bytes) if size_bytes >= 2**20 else f"{size_bytes / 2**10:.0f} KiB"
 
 
 def private_places(settings: StudioSettings) -> list[Path]:

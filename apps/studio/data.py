@@ -50,7 +50,7 @@ class Handlers:
         def on(trigger: Any, handler: Any, inputs: list[Any], outputs: list[Any]) -> Any:
             return trigger(told(handler), inputs, outputs, **QUIET)
 
-        everything = [p.annotator, p.tag, *self.list_view, p.statistics]
+        everything = [p.annotator, p.tag, *self.list_view]
         for trigger in (self.page.tab("data").select, p.upload.upload):
             chain = on(trigger, self.take_in, [p.upload], [p.imported]) if trigger is p.upload.upload else None
             on(chain.success if chain else trigger, self.everything, [p.page, *p.filters], everything)
@@ -68,16 +68,19 @@ class Handlers:
         p.keep.click(lambda: (gr.update(visible=True), gr.update(visible=False)), None, [p.delete, p.sure], **QUIET)
         ready = on(p.export.click, self.export, [p.kind, *p.filters], [p.file, p.exported])
         ready.success(None, None, None, js=DOWNLOAD, **QUIET)
+        on(p.figures.expand, self.figures, [], [p.statistics])
         self.page.on_load(self.everything, [p.page, *p.filters], everything)
 
     # ---- the list
 
     def everything(self, number: int, *filters: str) -> list[Any]:
-        """The list, what it may be filtered by, and the figures."""
+        """The list, and what it may be filtered by."""
         annotators, tags = choices(self.studio.store)
-        lines = stats_lines(stats(self.studio.store))
-        figures = "\n".join(f"{name}: {value}" if value else name for name, value in lines)
-        return [gr.update(choices=annotators), gr.update(choices=tags), *self.shown(number, *filters), figures]
+        return [gr.update(choices=annotators), gr.update(choices=tags), *self.shown(number, *filters)]
+
+    def figures(self) -> str:
+        """What the judgements say of themselves; counted when it is looked at."""
+        return "\n".join(f"{name}: {value}" for name, value in stats_lines(stats(self.studio.store)))
 
     def first_page(self, *filters: str) -> list[Any]:
         return self.shown(1, *filters)

@@ -53,6 +53,7 @@ class Parts:
     keep: Any = None
     restore: Any = None
     history: Any = None
+    figures: Any = None
     statistics: Any = None
     upload: Any = None
     imported: Any = None
@@ -76,7 +77,7 @@ def lay_out() -> Parts:
         wrap=False,
         show_label=False,
         max_height=420,
-        column_widths=["56px", "130px", "90px", "110px", "26%", "38%", "100px", "90px"],
+        column_widths=["56px", "152px", "92px", "120px", "18%", "30%", "96px", "90px"],
         elem_id="data-table",
     )
     with gr.Row(elem_id="data-pages"):
@@ -87,7 +88,7 @@ def lay_out() -> Parts:
     with gr.Column(visible=False, elem_id="data-entry") as p.entry:
         _entry(p)
     _files(p)
-    with gr.Accordion("Statistics", open=False, elem_id="data-figures"):
+    with gr.Accordion("Statistics", open=False, elem_id="data-figures") as p.figures:
         p.statistics = gr.Textbox(
             show_label=False, lines=4, max_lines=20, interactive=False, container=False, elem_id="data-statistics"
         )

@@ -56,20 +56,9 @@ NOT_SERVED = (
     "/gradio_api/mcp",
     "/gradio_api/deep_link",
     "/monitoring",
+    "/openapi.json",
 )
-# What the login page is made of; none of it tells anything.
-BEFORE_LOGIN = ("/assets/", "/static/", "/svelte/")
-AT_LOGIN = {
-    "/",
-    "/login",
-    "/login/",
-    "/theme.css",
-    "/gradio_api/theme.css",
-    "/favicon.ico",
-    "/robots.txt",
-    "/gradio_api/login_check",
-    "/gradio_api/user",
-}
+LOGIN = ("/login", "/login/")  # where the password is sent to
 DEFAULT_PORTS = {80, 443}  # which browsers leave out of Host
 
 
@@ -93,17 +82,30 @@ class Guard:
     """Refuses with one sentence: 403 for another host or origin, 401 without login, 413 for a body that is too long."""
 
     def __init__(
-        self, app: App, *, hosts: frozenset[str], max_body_bytes: int, signed_in: SignedIn | None = None
+        self,
+        app: App,
+        *,
+        hosts: frozenset[str],
+        max_body_bytes: int,
+        signed_in: SignedIn | None = None,
+        login_page: str = "",
     ) -> None:
-        """`hosts`: Host headers in lower case (see `host_headers`). `signed_in`: None without a password."""
-        self._app, self._hosts, self._max_body_bytes, self._signed_in = app, hosts, max_body_bytes, signed_in
+        """`hosts`: Host headers in lower case (see `host_headers`). `signed_in`: None without a password.
+
+        `login_page` is the HTML in the page's place until then: Gradio's own would tell what it protects, with the
+        defaults of every public function.
+        """
+        self._app, self._hosts, self._max_body_bytes = app, hosts, max_body_bytes
+        self._signed_in, self._login_page = signed_in, login_page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         refused = self._refusal(scope)
-        if scope["type"] != "http":
+        if refused is not None and refused[0] == 401 and scope["type"] == "http" and scope["path"] == "/":
+            await _answer(send, 200, self._login_page, "text/html")
+        elif scope["type"] != "http":
             if refused is None:
                 await self._app(scope, receive, send)
             else:
@@ -133,9 +135,7 @@ class Guard:
         path = str(scope.get("path", "/"))
         if path.startswith(NOT_SERVED):
             return 404, "The studio has no such page."
-        if self._signed_in is None or path in AT_LOGIN or (path.startswith(BEFORE_LOGIN) and ".." not in path):
-            return None
-        if not self._signed_in(_cookies(headers)):
+        if self._signed_in is not None and path not in LOGIN and not self._signed_in(_cookies(headers)):
             return 401, "Sign in first: open the studio's address and give its password."
         return None
 
@@ -170,9 +170,9 @@ class Limited:
         await self._send(message)
 
 
-async def _answer(send: Send, status: int, sentence: str) -> None:
-    body = (sentence + "\n").encode()
-    about = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
+async def _answer(send: Send, status: int, text: str, kind: str = "text/plain") -> None:
+    body = (text.rstrip("\n") + "\n").encode()
+    about = [(b"content-type", f"{kind}; charset=utf-8".encode()), (b"content-length", str(len(body)).encode())]
     closing = [(b"connection", b"close")] if status == 413 else []  # the rest of the body is not read
     headers = [*about, *closing, *_own_headers()]
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,6 @@ PASSWORD_CHARACTERS = 8
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 MAX_UPLOAD_BYTES = 64 * 2**20
 FORM_BYTES = 2**20  # what a form puts around the file in it
-LOGIN_MESSAGE = "Any name, under which your judgements are kept, and the studio's password."
 WRONG_PASSWORDS, WRONG_WITHIN_SECONDS = 10, 60.0
 START_SECONDS, STOP_SECONDS = 30.0, 5.0
 
@@ -165,7 +165,6 @@ def serve(
         footer_links=[],
         run_history=False,
         auth=Login(password) if password else None,
-        auth_message=LOGIN_MESSAGE if password else None,
         root_path="",
         allowed_paths=[],
         blocked_paths=[str(path.absolute()) for path in blocked],
@@ -188,6 +187,7 @@ def serve(
         hosts=host_headers([*LOOPBACK_NAMES, *allow_hosts], port),
         max_body_bytes=max_upload_bytes + FORM_BYTES,
         signed_in=signed_in if password else None,
+        login_page=(files(__package__) / "static" / "login.html").read_text(encoding="utf-8"),
     )
     server = uvicorn.Server(
         uvicorn.Config(

@@ -8,6 +8,7 @@ from typing import Any
 from lowrank_align.errors import UserError
 from lowrank_align.store import Entry, Event, Judgement, Record, Store
 from lowrank_align.store.encoding import last_answer
+from lowrank_align.studio.collecting_view import parse_order
 from lowrank_align.studio.entry_words import (
     OF_MANY,
     OF_ONE,
