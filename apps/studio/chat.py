@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from lowrank_align.errors import UserError
 from lowrank_align.studio import chat_view
 from lowrank_align.studio.answers import Source
 from lowrank_align.studio.asking import Wish, watch
-from lowrank_align.studio.chatting import Chat, Chats
+from lowrank_align.studio.chatting import Chat
 from lowrank_align.studio.studio import Studio
 from lowrank_align.studio.verdicts import prefer
 from lowrank_align.studio.voices import BASE
@@ -34,7 +35,7 @@ class Handlers:
     """What happens when something is pressed. The talk is on the server; a page holds only what it shows of it."""
 
     def __init__(self, studio: Studio, page: Any) -> None:
-        self.studio, self.page, self.chats = studio, page, Chats(studio)
+        self.studio, self.page, self.chats = studio, page, studio.chats
         self.parts = p = lay_out(studio)
         self.closer = Closer(studio, self.chats, p)
         self.whole_view = [
@@ -130,7 +131,7 @@ class Handlers:
         talk = self.chats.of(who).talk
         if not talk.exchanges:
             raise UserError("nothing has been said yet")
-        folder = Path(tempfile.mkdtemp(prefix="transcript-"))
+        folder = Path(tempfile.mkdtemp(prefix="transcript-", dir=os.environ.get("GRADIO_TEMP_DIR")))
         text, row = folder / "transcript.md", folder / "transcript.jsonl"
         text.write_text(talk.markdown(), encoding="utf-8")
         try:

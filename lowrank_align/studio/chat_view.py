@@ -129,6 +129,8 @@ def in_words(found: TokenMap) -> str:
         f"log p({found.voice}) - log p({found.reference}): {found.log_ratio:+.2f} nats in all, "
         f"{found.log_ratio / count:+.3f} a token, {count} tokens; at temperature 1, thoughts and the end among them."
     )
+    if found.voice == found.reference:
+        text += " It is the same voice: choose another one to see where they differ."
     if found.retrained:
         text += f" {found.voice} was trained on since it gave this answer: the map is of its weights now."
     return text

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 STEPS_BACK = 10
 MOST_NAME = 60  # characters
+SECONDS_TO_END = 5.0
 
 
 class Chat:
@@ -259,3 +260,12 @@ class Chats:
             if annotator not in self._chats:
                 self._chats[annotator] = Chat(self._studio, annotator)
             return self._chats[annotator]
+
+    def close(self) -> None:
+        """Stop what is on its way, so that it is kept as far as it came."""
+        with self._lock:
+            chats = list(self._chats.values())
+        for chat in chats:
+            chat.stop()
+        for chat in chats:
+            chat.wait(SECONDS_TO_END)

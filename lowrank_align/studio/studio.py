@@ -22,6 +22,7 @@ from lowrank_align.preset_check import from_preset, preset_lines
 from lowrank_align.store import Enqueued, Store, Text
 from lowrank_align.studio.answers import Answer, Source, draw
 from lowrank_align.studio.arena import Arena
+from lowrank_align.studio.chatting import Chats
 from lowrank_align.studio.collecting import Desk
 from lowrank_align.studio.speaking import COLLECT, Speaker
 from lowrank_align.studio.training import Trainer
@@ -56,6 +57,7 @@ class Studio:
         self.voices = Voices(base, self.runs, tuple(settings.adapter or ()))
         self.speaker = Speaker(base)
         self.trainer = Trainer(self)
+        self.chats = Chats(self)
         self._desks: dict[str, Desk] = {}
         self._arenas: dict[str, Arena] = {}
 
@@ -200,5 +202,6 @@ class Studio:
     def close(self) -> None:
         """Stop a run at its next step boundary and wait for its save, end the speaker, close the store."""
         self.trainer.close()
+        self.chats.close()
         self.speaker.close()
         self.store.close()

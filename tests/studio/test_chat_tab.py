@@ -124,7 +124,7 @@ def test_the_token_map_of_the_newest_answer(tab: Handlers) -> None:
     sent(tab, "A?")
     panel, words, marks, most, token, numbers = tab.closer.draw("ann", "newest", "base")
     assert panel["visible"] and token == ""
-    assert "+0.00 nats in all" in words
+    assert "+0.00 nats in all" in words and "the same voice" in words
     assert len(marks) == len(numbers) and {kind for _, kind in marks} == {None}
     assert len(most.splitlines()) == min(10, len(marks))
 

@@ -317,6 +317,22 @@ def test_a_question_whose_answer_was_lost_with_the_process_is_still_there(studio
     assert [(e.question, e.responses) for e in later.talk.exchanges] == [("Still there?", ())]
 
 
+def test_closing_keeps_an_answer_as_far_as_it_came(studio: Any) -> None:
+    chats = Chats(studio)
+    gate = threading.Event()
+    holding = threading.Thread(target=lambda: studio.speaker.call(gate.wait))
+    holding.start()
+    pending = chats.of("ann").send("Talk for long.", Wish(Source("base", 1.0, 1.0, 200)))
+    closing = threading.Thread(target=chats.close)
+    closing.start()
+    assert pending.answers[0]._stop.wait(60)  # it was asked to stop before the base was free
+    gate.set()
+    for thread in (holding, closing):
+        thread.join()
+    (exchange,) = Chat(studio, "ann").talk.exchanges
+    assert (exchange.answer.stopped, len(exchange.answer.ids)) == (True, 1)
+
+
 def test_the_transcript_as_a_row_and_as_text(chat: Chat, scripted: Callable[..., list[Any]]) -> None:
     scripted(("one", "hm"), ("two", ""))
     with pytest.raises(UserError, match="nothing has been said yet"):
