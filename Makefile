@@ -1,14 +1,18 @@
-# `make demo` and `make test` each set up what they need in .venv, once: they install again only when a file that says
-# what to install has changed. Another interpreter: make test PYTHON=python3.13
+# `make studio`, `make demo` and `make test` each set up what they need in .venv, once: they install again only when a
+# file that says what to install has changed. Another interpreter: make test PYTHON=python3.13
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check clean
+.PHONY: demo studio test check clean
 
 demo: $(VENV)/installed
 	@$(BIN)/lowrank-align demo
+
+# On the embedded base; more with FLAGS: make studio FLAGS="--preset qwen3-4b --port 8000"
+studio: $(VENV)/installed
+	@$(BIN)/lowrank-align studio $(FLAGS)
 
 test: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest -q

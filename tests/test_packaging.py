@@ -62,10 +62,11 @@ def installed(wheel: Path) -> Path:
 
 
 def test_wheel_holds_every_module_and_preset_and_nothing_else(wheel: Path) -> None:
-    """lowrank_align/ as it is, apps/ as lowrank_align/apps/, presets/*.yaml as lowrank_align/presets/."""
+    """lowrank_align/ as it is, apps/ with the page's own files as lowrank_align/apps/, and the presets."""
     package, apps, presets = ROOT / "lowrank_align", ROOT / "apps", ROOT / "presets"
     expected = {f"lowrank_align/{path.relative_to(package).as_posix()}" for path in package.rglob("*.py")}
     expected |= {f"lowrank_align/apps/{path.relative_to(apps).as_posix()}" for path in apps.rglob("*.py")}
+    expected |= {f"lowrank_align/apps/studio/static/{path.name}" for path in (apps / "studio" / "static").iterdir()}
     expected |= {f"lowrank_align/presets/{path.name}" for path in presets.glob("*.yaml")}
     expected |= {"lowrank_align/py.typed", "lowrank_align/presets/made-by-this-test.yaml"}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}

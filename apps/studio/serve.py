@@ -2,6 +2,7 @@
 
 import errno
 import hmac
+import inspect
 import ipaddress
 import logging
 import os
@@ -163,7 +164,6 @@ def serve(
         server_name=host,
         server_port=port,
         footer_links=[],
-        run_history=False,
         auth=Login(password) if password else None,
         root_path="",
         allowed_paths=[],
@@ -174,6 +174,7 @@ def serve(
         enable_monitoring=False,
         pwa=False,
         mcp_server=False,
+        **_where_known(gr.mount_gradio_app, run_history=False),
         **(look or {}),
     )
     page = next(inner for route in parent.routes if isinstance(inner := getattr(route, "app", None), App))
@@ -217,6 +218,12 @@ def address_of(place: socket.socket, allow_hosts: Sequence[str] = ()) -> str:
         return f"http://{found}/"
     shown = "127.0.0.1" if host == "0.0.0.0" else "::1" if host == "::" else host
     return f"http://[{shown}]:{port}/" if ":" in shown else f"http://{shown}:{port}/"
+
+
+def _where_known(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """Those of the options that this version of Gradio has."""
+    known = inspect.signature(function).parameters
+    return {name: value for name, value in options.items() if name in known}
 
 
 def discard(folder: Path) -> None:
