@@ -205,20 +205,25 @@ class Handlers:
             return [gr.skip()] * len(self.streaming_view)
         return [now.message, gr.update(active=now.streaming), *self._texts(now, editing), *self._states(now)]
 
-    def beat(self, who: str, pair: str, seen: int, *said: Any) -> list[Any]:
+    def beat(self, who: str, pair: str, seen: list[Any], *said: Any) -> list[Any]:
         """Every second: the draft is kept, and what changed elsewhere is shown."""
         desk = self.studio.desk(who)
         if pair:
             desk.keep_draft(pair, self._draft(desk, *said))
-        pulse = self.studio.store.pulse()
-        now = shown_now(desk)
+        now, p = shown_now(desk), self.parts
+        pulse = [desk.annotator, self.studio.store.pulse(), now.streaming]
         if now.pair_id != pair:
-            return [*self.view(desk), pulse]
+            return [*self.view(desk), seen]
         found: dict[Any, Any] = {}
-        if pulse != seen:
+        if pulse[:2] != seen[:2]:
             line, queue = told_in_words(self.studio, desk)
-            recent = decisions(self.studio, desk) or EMPTY
-            found = {self.parts.count: line, self.parts.queue: queue, self.parts.recent: recent}
+            found = {p.count: line, p.queue: queue, p.recent: decisions(self.studio, desk) or EMPTY}
+        if (
+            now.streaming or pulse != seen
+        ):  # a look that began before a vote may have stopped the stream's timer after it
+            found |= {p.timer: gr.update(active=now.streaming), p.message: now.message}
+            found |= dict(zip(p.answers, self._texts(now, said[3]), strict=True))
+            found |= dict(zip(p.states, self._states(now), strict=True))
         return [*(found.get(part, gr.skip()) for part in self.desk_view), pulse]
 
     def view(self, desk: Desk, voted: Voted | None = None) -> list[Any]:

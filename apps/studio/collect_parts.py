@@ -68,7 +68,7 @@ class Parts:
 def lay_out(studio: Studio) -> Parts:
     """From the prompt at the top to the panels that are a glance away."""
     p = Parts()
-    p.pair, p.last_pair, p.editing, p.seen = gr.State(""), gr.State(""), gr.State([]), gr.State(-1)
+    p.pair, p.last_pair, p.editing, p.seen = gr.State(""), gr.State(""), gr.State([]), gr.State([])
     p.sent = gr.State([])
     p.timer, p.beat = gr.Timer(STREAM_SECONDS, active=False), gr.Timer(BEAT_SECONDS)
     _prompt(p)
@@ -91,7 +91,7 @@ def _prompt(p: Parts) -> None:
         p.prompt = gr.Textbox(
             label="Prompt",
             placeholder="Write a prompt and press Enter (Shift+Enter makes a new line), or press G for the next one",
-            lines=2,
+            lines=1,  # with more, Enter would make a line instead of sending
             max_lines=4,
             elem_id="collect-prompt",
             scale=8,

@@ -12,7 +12,7 @@ def wait_for_pair(page: Any, other_than: str = "") -> str:
     """Until both answers are whole; the prompt and the answers as one text."""
     page.wait_for_function(
         """(before) => {
-            const of = (id) => document.querySelector(`#${id} textarea`)?.value ?? "";
+            const of = (id) => document.querySelector(`#${id} :is(textarea, input)`)?.value ?? "";
             const now = ["collect-prompt", "collect-answer-a", "collect-answer-b"].map(of);
             const whole = ["a", "b"].every((side) => !of(`collect-state-${side}`).includes("..."));
             return whole && now.every(Boolean) && now.join("|") !== before;

@@ -17,7 +17,8 @@ import pytest
 
 START_SECONDS = 120
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-NOISE = "status of 403"  # what a browser says of the requests that a test makes to be refused
+# What Gradio's own script says when a page is reloaded while it waits for an answer.
+NOISE = ("AbortError", "Connection errored out", "BodyStreamBuffer was aborted", "Failed to fetch")
 
 
 @dataclass
@@ -126,4 +127,4 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
     for context in contexts:
         context.close()
     assert seen.foreign == []
-    assert [error for error in seen.errors if NOISE not in error] == []
+    assert [error for error in seen.errors if not any(words in error for words in NOISE)] == []

@@ -63,8 +63,9 @@ def test_by_mouse(studio: Any, open_page: Any, pictures: Path) -> None:
     page.click("#collect-edit-b")
     page.wait_for_selector("#collect-answer-b textarea:not([disabled])")
     page.locator("#collect-answer-b textarea").fill("simply wonderful. I would gladly see it again.")
+    edited = shown_pair(page)
     page.click("#vote-b")
-    shown = wait_for_pair(page, second)
+    shown = wait_for_pair(page, edited)
 
     # both bad: the pair stays, a better answer is written
     page.click("#vote-bad")
@@ -79,18 +80,16 @@ def test_by_mouse(studio: Any, open_page: Any, pictures: Path) -> None:
     page.wait_for_selector("#collect-prompt textarea")
     assert wait_for_pair(page) == shown
 
-    # a second tab decides; the first one cannot decide the same pair again, and shows the next
+    # a second tab decides, and the first one shows the next pair by itself
     other = open_page(studio.address)
     assert wait_for_pair(other) == shown
     other.click("#vote-tie")
     after = wait_for_pair(other, shown)
-    page.click("#vote-b")
-    page.wait_for_selector(".toast-wrap :text('another tab')")
     assert wait_for_pair(page, shown) == after
     other.close()
 
     shown = after
-    for number in range(VOTES - 4):
+    for number in range(VOTES - 3):  # one of them is an old pair once more, which does not count
         page.click("#vote-a" if number % 2 else "#vote-b")
         shown = wait_for_pair(page, shown)
     wait_for_text(page, "collect-count", "12 pairs")
@@ -112,7 +111,7 @@ def test_by_mouse(studio: Any, open_page: Any, pictures: Path) -> None:
     wait_for_text(page, "chat-adapter", "dpo-1")
     page.locator("#chat-input textarea").fill("How was the film?")
     page.keyboard.press("Enter")
-    wait_for_text(page, "chat-standing", "tokens a second")
+    wait_for_text(page, "chat-standing", "a second")
     assert "dpo-1" in page.locator("#chat-log").inner_text()
     take_pictures(page, pictures, "chat")
 
@@ -150,7 +149,7 @@ def wait_for_battle(page: Any) -> str:
     """Until both players have said theirs; the left answer."""
     page.wait_for_function(
         """() => {
-            const of = (id) => document.querySelector(`#${id} textarea`)?.value ?? "";
+            const of = (id) => document.querySelector(`#${id} :is(textarea, input)`)?.value ?? "";
             return ["a", "b"].every((s) => of(`arena-answer-${s}`) && !of(`arena-state-${s}`).includes("..."));
         }"""
     )
@@ -190,8 +189,9 @@ def test_by_keys_alone(studio: Any, open_page: Any) -> None:
     page.keyboard.press("Control+A")
     page.keyboard.type("lovely, and I would see it again.")
     page.keyboard.press("Escape")
+    edited = shown_pair(page)
     page.keyboard.press("a")
-    shown = wait_for_pair(page, shown)
+    wait_for_pair(page, edited)
 
     page.keyboard.press("x")  # both bad: E begins the better answer with the one under the pointer
     wait_for_text(page, "collect-message", "Both bad")
@@ -230,7 +230,7 @@ def test_a_prompt_of_ones_own_and_more_than_two_answers(studio: Any, open_page: 
     page.locator("#collect-prompt textarea").fill("How was the book?")
     page.keyboard.press("Enter")
     page.wait_for_selector("#collect-answer-c textarea", state="visible")
-    page.wait_for_function("!document.querySelector('#collect-state-c textarea').value.includes('...')")
+    page.wait_for_function("!document.querySelector('#collect-state-c :is(textarea, input)').value.includes('...')")
     page.evaluate("document.activeElement.blur()")
     for key in ("2", "3", "1", "Enter"):
         page.keyboard.press(key)
