@@ -14,6 +14,7 @@ from lowrank_align.errors import UserError
 from lowrank_align.studio.curves import PANELS, points
 from lowrank_align.studio.health import Level
 from lowrank_align.studio.live_run import Status
+from lowrank_align.studio.old_runs import Resumable
 from lowrank_align.studio.run_request import KNOBS, Request, View, all_settings, follows_reward
 from lowrank_align.studio.studio import Studio
 
@@ -44,9 +45,8 @@ class Handlers:
         self.of_method = [p.about, p.name, p.reward, p.settings, *p.knobs]
         self.choices = [p.data, p.start_from, p.reward, p.resume_row, p.resume_run]
         self.live = [
-            p.seen, p.status, p.progress, p.health, p.start, p.stop, p.ended_row, p.compare, p.chat, p.samples_panel,
-            p.samples, p.log,
-            *p.plots,
+            p.seen, p.plan, p.status, p.progress, p.health, p.start, p.stop, p.ended_row, p.compare, p.chat,
+            p.samples_panel, p.samples, p.log, *p.plots,
         ]  # fmt: skip
 
     def wire(self) -> None:
@@ -179,7 +179,7 @@ class Handlers:
             gr.update(choices=[(name, name) for name in trainer.starts()]),
             gr.update(choices=[(name, name) for name in self.studio.voices.rewards()]),
             gr.update(visible=bool(found) and not trainer.status().active),
-            gr.update(choices=[(one.sentence, one.name) for one in found], value=found[0].name if found else None),
+            gr.update(choices=[(_from_where(one), one.name) for one in found], value=found[0].name if found else None),
         ]
 
     def view(self) -> list[Any]:
@@ -194,6 +194,7 @@ class Handlers:
         worst = remarks[0].level if remarks else "good"
         return [
             status.version,
+            gr.update(visible=not status.active),
             status.sentence if status.run else EMPTY,
             progress_bar(status.step, status.total),
             gr.update(value=told_health, visible=bool(remarks), elem_classes=[f"health-{worst}"]),
@@ -239,6 +240,10 @@ class Handlers:
 
     def _upload_folders(self) -> list[Path]:
         return [Path(self.parts.upload.GRADIO_CACHE)]
+
+
+def _from_where(run: Resumable) -> str:
+    return f"{run.name}, {f'from step {run.step}' if run.step else 'from its beginning'}"
 
 
 def _plot(figures: Any, panel: Any, status: Status) -> Any:

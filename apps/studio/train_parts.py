@@ -68,6 +68,7 @@ def lay_out(studio: Studio) -> Parts:
             _resume(p)
             _asked(p, studio)
         with gr.Column(elem_id="train-seen", min_width=300):
+            _before(p)
             _seen(p)
     return p
 
@@ -121,8 +122,11 @@ def _asked(p: Parts, studio: Studio) -> None:
             elem_id="train-settings",
         )
     p.name = gr.Textbox(label="Name of the run", max_lines=1, elem_id="train-name")
+
+
+def _before(p: Parts) -> None:
     p.plan = gr.Textbox(
-        label="Before it starts", lines=6, max_lines=14, interactive=False, autoscroll=False, elem_id="train-plan"
+        label="Before it starts", lines=4, max_lines=12, interactive=False, autoscroll=False, elem_id="train-plan"
     )
     with gr.Row(elem_id="train-buttons"):
         p.check = gr.Button("Check", elem_id="train-check", size="md", min_width=80)

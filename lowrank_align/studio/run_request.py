@@ -165,12 +165,10 @@ def _run_of(studio: "Studio", request: Request) -> str | None:
 def _reward_of(studio: "Studio", request: Request) -> str:
     known = studio.voices.rewards()
     if not known:
-        raise UserError(
-            f"{request.method} follows a reward model, and there is none yet; train one first (method reward)"
-        )
+        raise UserError(f"no reward model yet, and {request.method} follows one; train it first (method reward)")
     chosen = request.reward or (known[0] if len(known) == 1 else None)
     if not chosen:
-        raise UserError(f"{request.method} follows a reward model; choose one")
+        raise UserError(f"choose a reward model for {request.method} to follow")
     run = studio.voices.run_of(chosen)
     if run is None or chosen not in known:
         raise UserError(f"{chosen}: no reward run{nearest(chosen, known)}; choose one listed")

@@ -14,6 +14,7 @@ from lowrank_align.runs import read_state
 from lowrank_align.store import Completion, Judgement, Record
 from lowrank_align.studio import training
 from lowrank_align.studio.live_run import LiveRun
+from lowrank_align.studio.run_data import freeze
 from lowrank_align.studio.run_request import Request, View, all_settings
 from lowrank_align.studio.training import Trainer
 from lowrank_align.studio.words import duration, flags_as_settings, sentence
@@ -74,6 +75,8 @@ def test_a_run_from_the_store_to_a_voice(studio: Any) -> None:
 def test_what_a_run_leaves_behind(studio: Any) -> None:
     """No role, no recomputation and no training mode on the base; its rows beside it, as the config names them."""
     collect(studio)
+    studio.base.enable_checkpointing(True)
+    assert checkpointing(studio.base.model)
     finish(studio, request(more="gradient_checkpointing: true"))
     assert set(studio.base.roles) == {"base"}
     assert not studio.base.model.training and not checkpointing(studio.base.model)
@@ -98,7 +101,7 @@ def test_a_run_starts_from_another(studio: Any) -> None:
 
 def test_ppo_follows_a_reward_run(studio: Any) -> None:
     collect(studio, 2)
-    with pytest.raises(UserError, match="there is none yet; train one first"):
+    with pytest.raises(UserError, match="no reward model yet, and ppo follows one"):
         studio.trainer.start(request("ppo", "follows"))
     assert finish(studio, request("reward", "taste")).state == "finished"
     with pytest.raises(UserError, match="tast: no reward run .did you mean taste"):
@@ -359,8 +362,8 @@ def test_files(studio: Any, tmp_path: Path) -> None:
     assert texts(studio, request(data=uploaded))[0].startswith("1 pair;")
     assert finish(studio, request(data=uploaded)).state == "finished"
     assert read_yaml("runs/first/config.yaml")["data"] == "runs/first.data.jsonl"
-    assert finish(studio, request(name="other", data=studio.trainer.file("mine.jsonl"))).state == "finished"
-    assert read_yaml("runs/other/config.yaml")["data"] == str(beside.resolve())
+    mine = studio.trainer.file("mine.jsonl")
+    assert freeze(studio, "dpo", mine, Path("runs/other.data.jsonl")) == (beside.resolve(), 0)  # stays where it is
 
 
 # ---- pace
