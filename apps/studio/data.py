@@ -51,9 +51,9 @@ class Handlers:
             return trigger(told(handler), inputs, outputs, **QUIET)
 
         everything = [p.annotator, p.tag, *self.list_view]
-        for trigger in (self.page.tab("data").select, p.upload.upload):
-            chain = on(trigger, self.take_in, [p.upload], [p.imported]) if trigger is p.upload.upload else None
-            on(chain.success if chain else trigger, self.everything, [p.page, *p.filters], everything)
+        on(self.page.tab("data").select, self.everything, [p.page, *p.filters], everything)
+        added = on(p.upload.upload, self.take_in, [p.upload], [p.imported])
+        on(added.success, self.everything, [p.page, *p.filters], everything)
         for component in p.filters:
             trigger = component.submit if isinstance(component, gr.Textbox) else component.input
             on(trigger, self.first_page, p.filters, self.list_view)
