@@ -99,3 +99,30 @@ def test_what_is_exported_can_be_uploaded_elsewhere(handlers: Any, tmp_path: Pat
 def test_the_figures_are_in_words(handlers: Any) -> None:
     judged(handlers.studio.store)
     assert handlers.figures().splitlines()[0] == "judgements: 1"
+
+
+def test_every_button_does_what_it_says(tmp_path: Path) -> None:
+    """Which handler each component's event calls first."""
+    with Store(tmp_path / "studio.db") as store, gr.Blocks(analytics_enabled=False) as demo:
+        tab = gr.Tab("data")
+        page = SimpleNamespace(tab=lambda name: tab, on_load=lambda *wired: None)
+        parts = lay_out()
+        Handlers(SimpleNamespace(store=store), page, parts).wire()  # type: ignore[arg-type]
+    called: dict[tuple[Any, str], str] = {}
+    for function in demo.fns.values():
+        for target in function.targets:
+            called.setdefault((target[0], target[1]), function.name)
+    expected = [
+        (tab, "select", "everything"),
+        (parts.upload, "upload", "take_in"),
+        (parts.export, "click", "export"),
+        (parts.save, "click", "save"),
+        (parts.really, "click", "delete"),
+        (parts.restore, "click", "restore"),
+        (parts.table, "select", "open"),
+        (parts.before, "click", "turn"),
+        (parts.after, "click", "turn"),
+        (parts.figures, "expand", "figures"),
+    ]
+    assert [called.get((part._id, event)) for part, event, _ in expected] == [name for _, _, name in expected]
+    assert all(called.get((part._id, "input" if part is not parts.filters[4] else "submit")) for part in parts.filters)
