@@ -220,6 +220,7 @@ class Base:
 
     def copies_in_memory(self) -> int:
         """How many tensors of this process hold the content of the base's largest layer: 1 where all roles share it."""
+        gc.collect()  # a base that nobody has any more is no copy
         embeddings = {id(self.model.get_input_embeddings().weight), id(self.model.get_output_embeddings().weight)}
         sample = max((p for p in self._frozen if id(p) not in embeddings), key=Tensor.numel)
         tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]

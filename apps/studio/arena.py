@@ -75,7 +75,8 @@ class Handlers:
         for trigger in (page.tab("arena").select, who.change):
             trigger(told(self.everything), [who, p.scope], everything, **QUIET)
         page.on_load(self.everything, [who, p.scope], everything)
-        page.clock.tick(told(self.beat), [who, p.scope, p.seen], everything, **QUIET)
+        elsewhere = page.watch(lambda name: self._seen(self.studio.arena(name)))
+        elsewhere.change(told(self.beat), [who, p.scope, p.seen], everything, **QUIET)
 
     # ---- what people do
 
@@ -170,7 +171,8 @@ class Handlers:
     def _seen(self, arena: Arena) -> list[Any]:
         current = arena.current
         setup = [arena.annotator, repr(arena.setup)]
-        return [setup, current.id if current else "", arena.problem, self.studio.store.pulse()]
+        votes = self.studio.store.pulse() if current else 0  # of others too, while battles are fought here
+        return [setup, current.id if current else "", arena.problem, votes]
 
 
 def _fading(arena: Arena) -> str:

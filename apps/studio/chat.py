@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class Handlers:
             button.click(told(self._picker(side)), [who, p.keep_picks], view, **at_once)
         p.export["make"].click(told(self.export), [who], [p.export["markdown"], p.export["row"]], **at_once)
         self.closer.wire(who, view, self.view, at_once)
-        self.page.clock.tick(told(self.beat), [who, p.seen, p.following], view, **at_once)
+        self.page.watch(self.moved).change(told(self.beat), [who, p.seen, p.following], view, **at_once)
         self.page.on_load(self.open, [who], [*self.kept, *view])
         who.change(told(self.open), [who], [*self.kept, *view], **at_once)
         self.page.tab("chat").select(told(self.names), list(p.controls), list(p.controls), **at_once)
@@ -169,6 +170,11 @@ class Handlers:
             else:
                 found.append(gr.skip() if value is None else value)
         return found
+
+    def moved(self, who: str) -> list[Any]:
+        """Changes with the talk, and each second while an answer is on its way."""
+        chat = self.chats.of(who)
+        return [chat.revision, int(time.monotonic()) if chat.busy else 0]
 
     def beat(self, who: str, seen: int, following: bool) -> list[Any]:
         """Every second: what another tab did, or an answer that was on its way when the page was loaded again."""

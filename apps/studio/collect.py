@@ -1,6 +1,7 @@
 """Collect: a prompt, its answers side by side, one key that decides, and the next pair is there."""
 
 import html
+import time
 from typing import Any
 
 import gradio as gr
@@ -64,7 +65,9 @@ class Handlers:
             on(button.click, self._editor(side), [who, p.pair, p.editing, *p.answers],
                [p.editing, p.written, p.timer, *p.answers])  # fmt: skip
         on(p.timer.tick, self.stream, [who, p.pair, p.editing], self.streaming_view)
-        on(p.beat.tick, self.beat, [who, p.pair, p.seen, *self.said], [*view, p.seen])
+        on(self.page.watch(self.moved).change, self.beat, [who, p.pair, p.seen, p.editing], [*view, p.seen])
+        for field in (p.strength, p.reason, p.tags, *p.answers):  # what is typed survives a reload
+            field.input(told(self.keep), [who, p.pair, *self.said], None, trigger_mode="always_last", **AT_ONCE)
         on(p.plan_changed, self.change_plan, [who, *p.plan_inputs], [p.message])
         on(p.upload.upload, self.add_file, [who, p.upload])
         on(p.paste_add.click, self.add_pasted, [who, p.paste], [*view, p.paste])
@@ -95,7 +98,8 @@ class Handlers:
         """G: a typed prompt; the same prompt once more while the pair is undecided; else the next one."""
         desk = self.studio.desk(who)
         now = shown_now(desk)
-        typed = prompt.strip() if prompt.strip() != now.prompt.strip() else ""
+        typed = (prompt or "").strip()
+        typed = "" if typed == now.prompt.strip() else typed
         if typed:
             desk.ask(typed, system)
         elif desk.current is not None and not desk.held and desk.current.record is None:
@@ -107,7 +111,7 @@ class Handlers:
     def _voter(self, choice: str) -> Any:
         def vote(who: str, pair: str, order: str, *said: Any) -> list[Any]:
             desk = self.studio.desk(who)
-            ranks = parse_order(order, shown_now(desk).count) if choice == "rank" else None
+            ranks = parse_order(order or "", shown_now(desk).count) if choice == "rank" else None
             voted = desk.vote(pair, choice, draft=self._draft(desk, *said), ranks=ranks)
             if not desk.held:
                 desk.bring_next()
@@ -122,13 +126,13 @@ class Handlers:
 
     def write(self, who: str, pair: str, text: str) -> list[Any]:
         desk = self.studio.desk(who)
-        voted = desk.write(pair, text)
+        voted = desk.write(pair, text or "")
         desk.bring_next()
         return self.view(desk, voted)
 
     def go_on(self, who: str, last_pair: str, question: str) -> list[Any]:
         desk = self.studio.desk(who)
-        desk.go_on(question, last_pair)
+        desk.go_on(question or "", last_pair)
         return [*self.view(desk), ""]
 
     def _editor(self, side: int) -> Any:
@@ -158,7 +162,7 @@ class Handlers:
         return self._added(who, found.added, found.duplicates)
 
     def add_pasted(self, who: str, text: str) -> list[Any]:
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
         found = self.studio.store.enqueue([[{"role": "user", "content": line}] for line in lines], "pasted")
         return [*self._added(who, found.added, found.duplicates), ""]
 
@@ -205,11 +209,21 @@ class Handlers:
             return [gr.skip()] * len(self.streaming_view)
         return [now.message, gr.update(active=now.streaming), *self._texts(now, editing), *self._states(now)]
 
-    def beat(self, who: str, pair: str, seen: list[Any], *said: Any) -> list[Any]:
-        """Every second: the draft is kept, and what changed elsewhere is shown."""
+    def keep(self, who: str, pair: str, *said: Any) -> None:
+        """The draft, while it is written."""
         desk = self.studio.desk(who)
-        if pair:
-            desk.keep_draft(pair, self._draft(desk, *said))
+        desk.keep_draft(pair, self._draft(desk, *said))
+
+    def moved(self, who: str) -> list[Any]:
+        """Changes with what is on the desk and in the store, and each second while answers come."""
+        desk = self.studio.desk(who)
+        current = desk.current
+        streaming = int(time.monotonic()) if current is not None and not current.done else 0
+        return [desk.annotator, current.id if current else "", desk.held, streaming, self.studio.store.pulse()]
+
+    def beat(self, who: str, pair: str, seen: list[Any], editing: list[int]) -> list[Any]:
+        """What changed, here or elsewhere: another tab's pair, the counter, the last decisions."""
+        desk = self.studio.desk(who)
         now, p = shown_now(desk), self.parts
         pulse = [desk.annotator, self.studio.store.pulse(), now.streaming]
         if now.pair_id != pair:
@@ -218,11 +232,10 @@ class Handlers:
         if pulse[:2] != seen[:2]:
             line, queue = told_in_words(self.studio, desk)
             found = {p.count: line, p.queue: queue, p.recent: decisions(self.studio, desk) or EMPTY}
-        if (
-            now.streaming or pulse != seen
-        ):  # a look that began before a vote may have stopped the stream's timer after it
+        if now.streaming or pulse != seen:
+            # A look at the stream that began before a vote may have stopped the stream's timer after it.
             found |= {p.timer: gr.update(active=now.streaming), p.message: now.message}
-            found |= dict(zip(p.answers, self._texts(now, said[3]), strict=True))
+            found |= dict(zip(p.answers, self._texts(now, editing), strict=True))
             found |= dict(zip(p.states, self._states(now), strict=True))
         return [*(found.get(part, gr.skip()) for part in self.desk_view), pulse]
 
@@ -278,7 +291,7 @@ class Handlers:
     def _draft(self, desk: Desk, *said: Any) -> Draft:
         strength, reason, tags, editing, *texts = said
         now = shown_now(desk)
-        edits = {now.sides[side]: texts[side] for side in editing if side < now.count}
+        edits = {now.sides[side]: texts[side] or "" for side in editing if side < now.count}
         return Draft(STRENGTHS.get(strength), reason or "", tuple(tags or ()), edits)
 
 

@@ -8,7 +8,7 @@ import gradio as gr
 from lowrank_align.studio.collecting_view import SIDES
 from lowrank_align.studio.studio import Studio
 
-STREAM_SECONDS, BEAT_SECONDS = 0.2, 1.0
+STREAM_SECONDS = 0.2
 EMPTY = "nothing decided yet"
 NO_PROMPTS = (
     "No prompts yet. Type one above and press Enter; or open **Queue** below and add a file of prompts, paste some, "
@@ -62,7 +62,6 @@ class Parts:
     paste_add: Any = None
     examples: Any = None
     timer: Any = None
-    beat: Any = None
 
 
 def lay_out(studio: Studio) -> Parts:
@@ -70,7 +69,7 @@ def lay_out(studio: Studio) -> Parts:
     p = Parts()
     p.pair, p.last_pair, p.editing, p.seen = gr.State(""), gr.State(""), gr.State([]), gr.State([])
     p.sent = gr.State([])
-    p.timer, p.beat = gr.Timer(STREAM_SECONDS, active=False), gr.Timer(BEAT_SECONDS)
+    p.timer = gr.Timer(STREAM_SECONDS, active=False)
     _prompt(p)
     _answers(p)
     _votes(p)

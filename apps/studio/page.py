@@ -1,6 +1,7 @@
 """The page: a header, five tabs, and the manners that all of them share."""
 
 import html
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ TABS: dict[str, Callable[[Studio, "Page"], None]] = {
     "data": data.build,
 }
 TITLE = "lowrank studio"
+PULSE_SECONDS = 1.0
 
 
 class Page:
@@ -27,10 +29,10 @@ class Page:
 
     def __init__(self, studio: Studio, demo: gr.Blocks) -> None:
         self.studio, self.demo = studio, demo
-        self.clock: gr.Timer
         self.annotator: gr.Textbox
         self.tabs: gr.Tabs
         self._tabs: dict[str, gr.Tab] = {}
+        self._watched: list[tuple[Callable[[str], Any], gr.Textbox]] = []
 
     def tab(self, name: str) -> gr.Tab:
         """The tab `name`; its `select` tells when it is shown. Of the tabs after one's own, in `on_load` and later."""
@@ -40,15 +42,42 @@ class Page:
         """Fill components when the page is opened or loaded again."""
         self.demo.load(told(function), inputs, outputs, **QUIET)
 
+    def sign_in(self, request: gr.Request) -> list[Any]:
+        """Who has signed in with a password is who labels."""
+        given = getattr(request, "username", None)
+        return [given, given] if given else [gr.skip(), gr.skip()]
+
+    def watch(self, look: Callable[[str], Any]) -> gr.Textbox:
+        """Changes when what `look(annotator)` says changes; looked at every second, so it must be cheap.
+
+        One request a second serves the whole page: what a tab shows is sent only after its own `change`.
+        """
+        state = gr.Textbox("", visible="hidden", show_label=False, container=False)  # a State tells of no changes here
+        self._watched.append((look, state))
+        return state
+
+    def _pulse(self, facts: gr.HTML) -> None:
+        states = [state for _, state in self._watched]
+
+        def look(who: str, header: str, *known: Any) -> list[Any]:
+            found = [json.dumps(look(who)) for look, _ in self._watched]
+            now = _header(self.studio)
+            changed = [gr.skip() if new == old else new for new, old in zip(found, known, strict=True)]
+            return [*([gr.skip()] * 2 if now == header else [now, now]), *changed]
+
+        told_last = gr.State("")
+        gr.Timer(PULSE_SECONDS).tick(
+            told(look), [self.annotator, told_last, *states], [facts, told_last, *states], **AT_ONCE
+        )
+
 
 def build_page(studio: Studio) -> gr.Blocks:
     """The whole page; `launch` takes `style()` and `head()` beside it."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as demo:
         page = Page(studio, demo)
-        page.clock = gr.Timer(1.0)
         with gr.Row(elem_id="header"):
             facts = gr.HTML(_header(studio), elem_id="header-facts", padding=False)
-            page.annotator = gr.Textbox(
+            typed = gr.Textbox(
                 studio.settings.annotator,
                 elem_id="annotator",
                 show_label=False,
@@ -58,21 +87,19 @@ def build_page(studio: Studio) -> gr.Blocks:
                 scale=0,
                 min_width=140,
             )
+            # The name that counts is the whole one, not every letter of it on the way.
+            page.annotator = gr.Textbox(studio.settings.annotator, visible="hidden", elem_id="annotator-name")
             gr.HTML(BUTTONS, elem_id="header-buttons", padding=False)
         with gr.Tabs(selected="collect", elem_id="tabs") as page.tabs:
             for name in TABS:
-                page._tabs[name] = gr.Tab(name.capitalize(), id=name, elem_id=f"tab-{name}", render_children=True)
+                page._tabs[name] = gr.Tab(name.capitalize(), id=name, elem_id=f"tab-{name}")
             for name, build in TABS.items():
                 with page.tab(name):
                     build(studio, page)
         gr.HTML(_static("keys.html"), elem_id="keys", padding=False)
-        told_last = gr.State("")
-
-        def header(last: str) -> list[Any]:
-            now = _header(studio)
-            return [gr.skip() if now == last else now, now]
-
-        page.clock.tick(told(header), told_last, [facts, told_last], **AT_ONCE)
+        gr.on([typed.submit, typed.blur], lambda given: given, typed, page.annotator, **AT_ONCE)
+        demo.load(page.sign_in, None, [typed, page.annotator], **QUIET)
+        page._pulse(facts)
     return demo
 
 
@@ -106,7 +133,7 @@ BUTTONS = (
 def _header(studio: Studio) -> str:
     facts = studio.facts()
     used, free = facts.base_bytes / 2**30, facts.free_bytes / 2**30
-    pairs = studio.store.count(kinds=("pair", "battle", "ranking"))
+    pairs = studio.store.count(kinds=("pair", "battle", "ranking"), repeats=False)
     parts = [
         f"<b>{html.escape(TITLE)}</b>",
         f"{html.escape(facts.model)} · {html.escape(facts.quantize)}",

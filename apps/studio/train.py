@@ -67,7 +67,9 @@ class Handlers:
         p.resume.click(told(self.resume), [p.resume_run], [*self.live, *self.choices], **QUIET)
         p.compare.click(told(self.compare), [page.annotator], [page.tabs], **QUIET)
         p.chat.click(told(self.chat), None, [page.tabs, *self.speakers], **QUIET)
-        page.clock.tick(told(self.tick), [p.seen], [*self.live, *self.choices], **QUIET)
+        page.watch(lambda _: self.studio.trainer.status().version).change(
+            told(self.tick), [p.seen], [*self.live, *self.choices], **QUIET
+        )
         page.on_load(self.open, [p.method], [*self.of_method, *self.live, *self.choices])
         page.tab("train").select(told(self.refresh), [p.data, p.start_from, p.reward], self.choices, **QUIET).then(
             told(self.check), self.asked, [p.plan], **QUIET

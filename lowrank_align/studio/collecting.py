@@ -65,11 +65,12 @@ class Desk:
 
     # ---- what comes next
 
-    def ask(self, prompt: str, system: str = "") -> Pair:
+    def ask(self, prompt: str, system: str | None = None) -> Pair:
         """Put a prompt that was typed on the desk. UserError where it is empty."""
         if not prompt.strip():
             raise UserError("the prompt is empty: type one, or take the next from the queue")
-        messages = [{"role": "system", "content": system.strip()}] if system.strip() else []
+        system = (system or "").strip()
+        messages = [{"role": "system", "content": system}] if system else []
         return self._begin([*messages, {"role": "user", "content": prompt.strip()}])
 
     def go_on(self, question: str, pair_id: str) -> Pair:

@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 AHEAD, COLLECT, CHAT, NOW = 1, 2, 3, 4  # what is more urgent goes first
+AHEAD_AFTER_SECONDS = 0.25  # what nobody waits for yet lets the page answer first
 SECONDS_A_TURN = 6.0  # while a run trains: so long do people have the base before the run's next micro-batch
 
 
@@ -27,7 +28,13 @@ class Ticket:
         self.result: Any = None
         self._when_done: list[Callable[[], None]] = []
         self._lock = threading.Lock()
+        self.not_before = time.monotonic() + AHEAD_AFTER_SECONDS
         self.served = 0  # bits done: of equally urgent work, the least served goes first
+
+    @property
+    def ready(self) -> bool:
+        """Whether it may be worked on now."""
+        return self.urgency > AHEAD or self.cancelled or time.monotonic() >= self.not_before
 
     def cancel(self) -> None:
         """No further bit of it is done; what it has open is closed in the speaker's thread."""
@@ -110,9 +117,11 @@ class Speaker:
     def _run(self) -> None:
         while True:
             with self._condition:
-                self._condition.wait_for(lambda: self._tickets or self._closing)
-                if not self._tickets:
-                    return
+                while not any(ticket.ready for ticket in self._tickets):
+                    if self._closing and not self._tickets:
+                        return
+                    waits = [ticket.not_before - time.monotonic() for ticket in self._tickets]
+                    self._condition.wait(max(0.001, min(waits)) if waits else None)
             with self._base.turns.foreground(), inference(self._base):
                 until = time.monotonic() + SECONDS_A_TURN
                 while (ticket := self._next()) is not None and time.monotonic() < until:
@@ -120,7 +129,8 @@ class Speaker:
 
     def _next(self) -> Ticket | None:
         with self._condition:
-            return max(self._tickets, key=lambda t: (t.cancelled, t.urgency, -t.served), default=None)
+            ready = [ticket for ticket in self._tickets if ticket.ready]
+            return max(ready, key=lambda t: (t.cancelled, t.urgency, -t.served), default=None)
 
     def _bit_of(self, ticket: Ticket) -> None:
         try:

@@ -161,12 +161,12 @@ class Studio:
 
     def desk(self, annotator: str) -> Desk:
         """Where this annotator collects; the same one in every tab, made when first asked for."""
-        name = " ".join(annotator.split())[:60] or self.settings.annotator
+        name = " ".join((annotator or "").split())[:60] or self.settings.annotator
         return self._desks.setdefault(name, Desk(self, name))
 
     def arena(self, annotator: str) -> Arena:
         """Where this annotator lets players meet; the same one in every tab."""
-        name = " ".join(annotator.split())[:60] or self.settings.annotator
+        name = " ".join((annotator or "").split())[:60] or self.settings.annotator
         return self._arenas.setdefault(name, Arena(self, name))
 
     # ---- facts

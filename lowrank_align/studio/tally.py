@@ -71,7 +71,7 @@ class Tally:
         if pace is not None:
             parts.append(f"{pace:.1f} a minute")
         if self.pairs + self.both_bad >= ENOUGH_TO_SAY:
-            parts += [f"{self.ties} ties", f"{self.both_bad} both bad"]
+            parts += [f"{self.ties} tie{'s' * (self.ties != 1)}", f"{self.both_bad} both bad"]
             if self.left.total:
                 parts.append(f"left side {share(self.left)}")
         return " · ".join(parts)
