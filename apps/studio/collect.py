@@ -49,7 +49,8 @@ class Handlers:
         def on(trigger: Any, handler: Any, inputs: list[Any], outputs: Any = None) -> None:
             """An event that shows the desk, unless with `outputs` of its own."""
             if outputs is None or outputs[: len(view)] == view:
-                handler, inputs, outputs = self.only_new(handler), [p.sent, *inputs], [p.sent, *(outputs or view)]
+                inputs, outputs = [p.sent, p.pair, *inputs], [p.sent, *(outputs or view)]
+                handler = self.only_new(handler)
             trigger(told(handler), inputs, outputs, **AT_ONCE)
 
         for trigger in (p.draw.click, p.prompt.submit):
@@ -65,7 +66,7 @@ class Handlers:
             on(button.click, self._editor(side), [who, p.pair, p.editing, *p.answers],
                [p.editing, p.written, p.timer, *p.answers])  # fmt: skip
         on(p.timer.tick, self.stream, [who, p.pair, p.editing], self.streaming_view)
-        on(self.page.watch(self.moved).change, self.beat, [who, p.pair, p.seen, p.editing], [*view, p.seen])
+        on(self.page.watch(self.moved, p.pair).change, self.beat, [who, p.pair, p.seen, p.editing], [*view, p.seen])
         for field in (p.strength, p.reason, p.tags, *p.answers):  # what is typed survives a reload
             field.input(told(self.keep), [who, p.pair, *self.said], None, trigger_mode="always_last", **AT_ONCE)
         on(p.plan_changed, self.change_plan, [who, *p.plan_inputs], [p.message])
@@ -73,16 +74,19 @@ class Handlers:
         on(p.paste_add.click, self.add_pasted, [who, p.paste], [*view, p.paste])
         on(p.examples.click, self.add_examples, [who])
         on(who.change, self.take_seat, [who])
-        self.page.on_load(self.only_new(self.take_seat), [p.sent, who], [p.sent, *view])
+        self.page.on_load(self.only_new(self.take_seat), [p.sent, p.pair, who], [p.sent, *view])
         self.page.on_load(self.choices, [], p.voice_choices)
         self.page.tab("collect").select(told(self.choices), [], p.voice_choices, **QUIET)
 
     def only_new(self, handler: Any) -> Any:
-        """The handler without what the page shows already: it remembers what it was sent (`sent`, first in and out)."""
+        """The handler without what the page shows already: it remembers what it was sent (`sent`, first in and out).
 
-        def trimmed(sent: list[Any], *values: Any) -> list[Any]:
+        Answers may overtake each other: where the page shows another pair than it was last sent, all is sent.
+        """
+
+        def trimmed(sent: list[Any], shown_pair: str | None, *values: Any) -> list[Any]:
             found = handler(*values)
-            before = sent or [None] * len(self.desk_view)
+            before = sent if sent and sent[0] == shown_pair else [None] * len(self.desk_view)
             now, shown = [], []
             for part, old, value in zip(self.desk_view, before, found, strict=False):
                 same = part not in self.always and value == old
@@ -214,19 +218,20 @@ class Handlers:
         desk = self.studio.desk(who)
         desk.keep_draft(pair, self._draft(desk, *said))
 
-    def moved(self, who: str) -> list[Any]:
+    def moved(self, who: str, pair: str | None) -> list[Any]:
         """Changes with what is on the desk and in the store, and each second while answers come."""
         desk = self.studio.desk(who)
         current = desk.current
         streaming = int(time.monotonic()) if current is not None and not current.done else 0
-        return [desk.annotator, current.id if current else "", desk.held, streaming, self.studio.store.pulse()]
+        on_desk = current.id if current else ""
+        return [desk.annotator, on_desk, (pair or "") == on_desk, desk.held, streaming, self.studio.store.pulse()]
 
     def beat(self, who: str, pair: str, seen: list[Any], editing: list[int]) -> list[Any]:
         """What changed, here or elsewhere: another tab's pair, the counter, the last decisions."""
         desk = self.studio.desk(who)
         now, p = shown_now(desk), self.parts
         pulse = [desk.annotator, self.studio.store.pulse(), now.streaming]
-        if now.pair_id != pair:
+        if now.pair_id != (pair or ""):
             return [*self.view(desk), seen]
         found: dict[Any, Any] = {}
         if pulse[:2] != seen[:2]:

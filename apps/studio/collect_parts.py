@@ -67,7 +67,8 @@ class Parts:
 def lay_out(studio: Studio) -> Parts:
     """From the prompt at the top to the panels that are a glance away."""
     p = Parts()
-    p.pair, p.last_pair, p.editing, p.seen = gr.State(""), gr.State(""), gr.State([]), gr.State([])
+    p.last_pair, p.editing, p.seen = gr.State(""), gr.State([]), gr.State([])
+    p.pair = gr.Textbox("", visible="hidden", elem_id="collect-pair")  # in the page, so that it is what the page shows
     p.sent = gr.State([])
     p.timer = gr.Timer(STREAM_SECONDS, active=False)
     _prompt(p)

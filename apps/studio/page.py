@@ -11,7 +11,7 @@ import gradio as gr
 from lowrank_align.studio.studio import Studio
 
 from . import arena, chat, collect, data, train
-from .manners import AT_ONCE, QUIET, told
+from .manners import AT_ONCE, told
 
 TABS: dict[str, Callable[[Studio, "Page"], None]] = {
     "collect": collect.build,
@@ -32,7 +32,7 @@ class Page:
         self.annotator: gr.Textbox
         self.tabs: gr.Tabs
         self._tabs: dict[str, gr.Tab] = {}
-        self._watched: list[tuple[Callable[[str], Any], gr.Textbox]] = []
+        self._watched: list[tuple[Callable[..., Any], list[Any], gr.Textbox]] = []
 
     def tab(self, name: str) -> gr.Tab:
         """The tab `name`; its `select` tells when it is shown. Of the tabs after one's own, in `on_load` and later."""
@@ -40,34 +40,36 @@ class Page:
 
     def on_load(self, function: Callable[..., Any], inputs: Any = None, outputs: Any = None) -> None:
         """Fill components when the page is opened or loaded again."""
-        self.demo.load(told(function), inputs, outputs, **QUIET)
+        self.demo.load(told(function), inputs, outputs, **AT_ONCE)
 
     def sign_in(self, request: gr.Request) -> list[Any]:
         """Who has signed in with a password is who labels."""
         given = getattr(request, "username", None)
         return [given, given] if given else [gr.skip(), gr.skip()]
 
-    def watch(self, look: Callable[[str], Any]) -> gr.Textbox:
-        """Changes when what `look(annotator)` says changes; looked at every second, so it must be cheap.
+    def watch(self, look: Callable[..., Any], *inputs: Any) -> gr.Textbox:
+        """Changes when what `look(annotator, *inputs)` says changes; looked at every second, so it must be cheap.
 
         One request a second serves the whole page: what a tab shows is sent only after its own `change`.
         """
         state = gr.Textbox("", visible="hidden", show_label=False, container=False)  # a State tells of no changes here
-        self._watched.append((look, state))
+        self._watched.append((look, list(inputs), state))
         return state
 
     def _pulse(self, facts: gr.HTML) -> None:
-        states = [state for _, state in self._watched]
+        states = [state for _, _, state in self._watched]
+        inputs = [part for _, parts, _ in self._watched for part in parts]
 
-        def look(who: str, header: str, *known: Any) -> list[Any]:
-            found = [json.dumps(look(who)) for look, _ in self._watched]
+        def look(who: str, header: str, *values: Any) -> list[Any]:
+            known, given = values[: len(states)], iter(values[len(states) :])
+            found = [json.dumps(look(who, *(next(given) for _ in parts))) for look, parts, _ in self._watched]
             now = _header(self.studio)
             changed = [gr.skip() if new == old else new for new, old in zip(found, known, strict=True)]
             return [*([gr.skip()] * 2 if now == header else [now, now]), *changed]
 
         told_last = gr.State("")
         gr.Timer(PULSE_SECONDS).tick(
-            told(look), [self.annotator, told_last, *states], [facts, told_last, *states], **AT_ONCE
+            told(look), [self.annotator, told_last, *states, *inputs], [facts, told_last, *states], **AT_ONCE
         )
 
 
@@ -98,7 +100,7 @@ def build_page(studio: Studio) -> gr.Blocks:
                     build(studio, page)
         gr.HTML(_static("keys.html"), elem_id="keys", padding=False)
         gr.on([typed.submit, typed.blur], lambda given: given, typed, page.annotator, **AT_ONCE)
-        demo.load(page.sign_in, None, [typed, page.annotator], **QUIET)
+        demo.load(page.sign_in, None, [typed, page.annotator], **AT_ONCE)
         page._pulse(facts)
     return demo
 

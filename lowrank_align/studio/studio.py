@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from lowrank_align.trees import TreeRow
 log = logging.getLogger(__name__)
 
 SEEDS = 2**31
+NAME_CHARACTERS = 60  # of an annotator
 IMPLICIT = "implicit:"  # before a voice's name: its implicit reward instead of a reward run's score
 
 
@@ -58,6 +60,8 @@ class Studio:
         self.speaker = Speaker(base)
         self.trainer = Trainer(self)
         self.chats = Chats(self)
+        self._lock = threading.Lock()
+        self._copies = base.copies_in_memory()  # counted once: it goes through every tensor of the process
         self._desks: dict[str, Desk] = {}
         self._arenas: dict[str, Arena] = {}
 
@@ -161,13 +165,22 @@ class Studio:
 
     def desk(self, annotator: str) -> Desk:
         """Where this annotator collects; the same one in every tab, made when first asked for."""
-        name = " ".join((annotator or "").split())[:60] or self.settings.annotator
-        return self._desks.setdefault(name, Desk(self, name))
+        name = self._name(annotator)
+        with self._lock:  # making one draws answers: once is enough
+            if name not in self._desks:
+                self._desks[name] = Desk(self, name)
+            return self._desks[name]
 
     def arena(self, annotator: str) -> Arena:
         """Where this annotator lets players meet; the same one in every tab."""
-        name = " ".join((annotator or "").split())[:60] or self.settings.annotator
-        return self._arenas.setdefault(name, Arena(self, name))
+        name = self._name(annotator)
+        with self._lock:
+            if name not in self._arenas:
+                self._arenas[name] = Arena(self, name)
+            return self._arenas[name]
+
+    def _name(self, annotator: str | None) -> str:
+        return " ".join((annotator or "").split())[:NAME_CHARACTERS] or self.settings.annotator
 
     # ---- facts
 
@@ -187,7 +200,7 @@ class Studio:
         return Facts(
             model=Path(self.base.name).name,
             quantize={"nf4": "NF4", "int8": "8-bit", "none": "not quantised"}[self.base.quantize],
-            copies=1,
+            copies=self._copies,
             adapters=adapters,
             base_bytes=self.base.frozen_bytes(),
             free_bytes=free_bytes(self.base.device),

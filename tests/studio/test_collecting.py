@@ -219,6 +219,13 @@ def test_the_desk_is_there_after_a_restart(desk: Desk, studio: Any) -> None:
         other.store.close()
 
 
+def test_asking_for_a_desk_again_draws_nothing(desk: Desk, studio: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making a desk takes up the pair that was on it, which draws its answers; that happens once."""
+    wait(desk.upcoming.waiting[0])
+    monkeypatch.setattr(studio, "answer", lambda *given, **options: pytest.fail("an answer was begun"))
+    assert studio.desk("ann") is desk and studio.arena("ann") is studio.arena(" ann ")
+
+
 def test_annotators_have_desks_and_queues_of_their_own(desk: Desk, studio: Any) -> None:
     vote(desk, "a")
     other = studio.desk("  ben ")
