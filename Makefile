@@ -5,7 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo studio test check clean
+# Processes that share the tests.
+WORKERS ?= 2
+
+.PHONY: demo studio test check screenshots clean
 
 demo: $(VENV)/installed
 	@$(BIN)/lowrank-align demo
@@ -15,7 +18,11 @@ studio: $(VENV)/installed
 	@$(BIN)/lowrank-align studio $(FLAGS)
 
 test: $(VENV)/installed-dev
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+# The pictures of docs/studio.md, taken by the browser test on its way.
+screenshots: $(VENV)/installed-dev
+	@LOWRANK_SCREENSHOTS=$(CURDIR)/docs/pictures $(BIN)/python -m pytest -q tests/browser/test_round.py -k mouse
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check

@@ -57,8 +57,9 @@ def locate(start_from: str | Path, kind: Kind | None = None) -> Path:
     if not (folder / WEIGHTS).is_file():
         other = " (only safetensors are read, never .bin)" if (folder / "adapter_model.bin").exists() else ""
         raise UserError(f"{start_from}: holds no {WEIGHTS}{other}")
-    if kind is not None and _kind(folder) != kind:
-        raise UserError(f"{start_from}: is a {_kind(folder)} run, where a {kind} is expected")
+    found = _kind(folder)
+    if kind is not None and found != kind:
+        raise UserError(f"{start_from}: is a {found} run, where a {kind} is expected")
     return folder
 
 

@@ -426,7 +426,8 @@ def test_configuration_files(content: str, message: str, refused: Callable[..., 
 
 def test_no_such_command(refused: Callable[..., None]) -> None:
     known = (
-        "demo, sft, reward, dpo, ppo, presets, plan, audit, show, generate, chat, score, logps, export, doctor, runs"
+        "demo, sft, reward, dpo, ppo, presets, plan, audit, show, generate, chat, score, logps, export, studio, "
+        "doctor, data, runs"
     )
     refused(2, f"generat: no such command (did you mean generate?) (there are: {known})", "generat", "--model", "m")
     refused(2, "model: missing; give --model, --preset or a line in the --config file", "generate")

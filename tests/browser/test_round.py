@@ -117,7 +117,7 @@ def test_by_mouse(studio: Any, open_page: Any, pictures: Path) -> None:
     # battle it against the base
     show(page, "train")
     page.click("#train-compare")
-    page.wait_for_selector("#arena-start", state="visible")
+    page.wait_for_selector("#arena-players :text('dpo-1')")  # both are chosen, and the first battle is on its way
     page.click("#arena-start")
     for _ in range(4):
         prompt = wait_for_battle(page)

@@ -23,8 +23,12 @@ CONTROLS = ("base", "nobody", 1.0, 1.0, 6, "7", 1, "no reward")
 @pytest.fixture
 def tab(studio: Any) -> Iterator[Handlers]:
     """The tab on a page of its own, wired."""
+
+    def watch(look: Any, *inputs: Any) -> Any:
+        return gr.Textbox("", visible="hidden")
+
     with gr.Blocks(analytics_enabled=False) as demo:
-        page = SimpleNamespace(annotator=gr.Textbox("ann"), clock=gr.Timer(1.0), tab=lambda name: shown)
+        page = SimpleNamespace(annotator=gr.Textbox("ann"), watch=watch, tab=lambda name: shown)
         page.on_load = lambda function, inputs, outputs: demo.load(function, inputs, outputs)
         with gr.Tab("Chat") as shown:
             made = Handlers(studio, page)
