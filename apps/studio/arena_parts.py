@@ -8,6 +8,8 @@ import gradio as gr
 from lowrank_align.studio.studio import Studio
 from lowrank_align.studio.voices import LIVE
 
+from .manners import plain
+
 STREAM_SECONDS = 0.2
 HINT = (
     "Two players are needed: train an adapter in Train, or choose base twice at different temperatures (`0.7, 1.2`). "
@@ -52,7 +54,7 @@ def lay_out(studio: Studio) -> Parts:
     p.timer = gr.Timer(STREAM_SECONDS, active=False)
     _players(p, studio)
     p.hint = gr.Markdown(HINT, elem_id="arena-hint")
-    p.message = _plain("arena-message", visible=False)
+    p.message = plain("arena-message", max_lines=2, visible=False)
     with gr.Column(visible=False, elem_id="arena-field") as p.panel:
         _battle(p)
     _results(p)
@@ -115,7 +117,7 @@ def _battle(p: Parts) -> None:
                         elem_id=f"arena-answer-{letter.lower()}",
                     )
                 )
-                p.states.append(_plain(f"arena-state-{letter.lower()}"))
+                p.states.append(plain(f"arena-state-{letter.lower()}", max_lines=2))
     words = {"a": "A is better", "tie": "tie", "bad": "both bad", "b": "B is better", "skip": "skip"}
     with gr.Row(elem_id="arena-votes"):
         for choice, word in words.items():
@@ -128,7 +130,7 @@ def _battle(p: Parts) -> None:
 
 def _results(p: Parts) -> None:
     with gr.Row(elem_id="arena-results-top"):
-        p.summary = _plain("arena-summary", lines=2, max_lines=20, scale=4)
+        p.summary = plain("arena-summary", lines=2, max_lines=20, scale=4)
         p.scope = gr.Radio(
             [THESE, EVERYONE], value=THESE, label="Results of", elem_id="arena-scope", scale=2, min_width=220
         )
@@ -140,21 +142,4 @@ def _results(p: Parts) -> None:
         with gr.Row():
             p.reward = gr.Dropdown([], label="Reward run", elem_id="arena-reward", scale=3)
             p.score = gr.Button("Score the answers voted on", elem_id="arena-score", scale=1, min_width=160)
-        p.scored = _plain("arena-scored", lines=1, max_lines=3)
-
-
-def _plain(
-    element: str, *, lines: int = 1, max_lines: int = 2, scale: int | None = None, visible: bool = True
-) -> gr.Textbox:
-    """Text to read: what it says is never taken for markup."""
-    return gr.Textbox(
-        show_label=False,
-        container=False,
-        interactive=False,
-        lines=lines,
-        max_lines=max_lines,
-        scale=scale,
-        visible=visible,
-        elem_id=element,
-        elem_classes="plain",
-    )
+        p.scored = plain("arena-scored", lines=1, max_lines=3)

@@ -9,6 +9,8 @@ from lowrank_align.studio.chat_view import LESS, MORE, MUCH_LESS, MUCH_MORE
 from lowrank_align.studio.studio import Studio
 from lowrank_align.studio.voices import BASE
 
+from .manners import plain
+
 NOBODY, NO_REWARD, NEWEST = "nobody", "no reward", "newest"
 EMPTY = (
     "Nothing said yet. Type a message below; Enter sends it, Shift+Enter makes a new line. "
@@ -102,20 +104,6 @@ def lay_out(studio: Studio) -> Parts:
         log, side_row, side_texts, picks, keep_picks, standing, question, send, stop, steps, system, controls, which,
         about, thumbs, heat, pair, export, *states,
     )  # fmt: skip
-
-
-def plain(element: str, *, lines: int = 1, max_lines: int | None = None) -> gr.Textbox:
-    """Text to read: what it says is never taken for markup."""
-    return gr.Textbox(
-        show_label=False,
-        container=False,
-        interactive=False,
-        lines=lines,
-        max_lines=max_lines or lines,
-        elem_id=element,
-        elem_classes="plain",
-        autoscroll=False,
-    )
 
 
 def _listed(label: str, element: str, choices: list[Any], value: Any) -> gr.Dropdown:

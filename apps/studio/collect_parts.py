@@ -8,6 +8,8 @@ import gradio as gr
 from lowrank_align.studio.collecting_view import SIDES
 from lowrank_align.studio.studio import Studio
 
+from .manners import plain
+
 STREAM_SECONDS = 0.2
 EMPTY = "nothing decided yet"
 NO_PROMPTS = (
@@ -79,7 +81,7 @@ def lay_out(studio: Studio) -> Parts:
         _sources(p, studio)
         _queue(p)
         with gr.Accordion("Last ten decisions", open=False, elem_id="collect-recent-panel"):
-            p.recent = _plain("collect-recent", lines=10)
+            p.recent = plain("collect-recent", lines=10)
     return p
 
 
@@ -97,7 +99,7 @@ def _prompt(p: Parts) -> None:
             scale=8,
         )
         with gr.Column(scale=1, min_width=150):
-            p.queue = _plain("collect-queue", lines=2)
+            p.queue = plain("collect-queue", lines=2)
             p.draw = gr.Button("Next (G)", elem_id="collect-generate", size="md")
     p.empty = gr.Markdown(NO_PROMPTS, visible=False, elem_id="collect-empty")
 
@@ -120,7 +122,7 @@ def _answers(p: Parts) -> None:
                     )
                 )
                 with gr.Row(elem_classes="below"):
-                    p.states.append(_plain(f"collect-state-{letter.lower()}", lines=1))
+                    p.states.append(plain(f"collect-state-{letter.lower()}", lines=1))
                     p.edits.append(
                         gr.Button("edit", elem_id=f"collect-edit-{letter.lower()}", size="sm", scale=0, min_width=70)
                     )
@@ -146,7 +148,7 @@ def _votes(p: Parts) -> None:
         rank = gr.Button("Keep this order (Enter)", elem_id="vote-rank", variant="primary", scale=1)
     p.votes = {"a": p.vote_a, "b": p.vote_b, "tie": tie, "bad": bad, "skip": skip, "rank": rank}
     with gr.Row(elem_id="collect-said"):
-        p.message = _plain("collect-message", lines=1, scale=4)
+        p.message = plain("collect-message", lines=1, scale=4)
         p.last = gr.HTML("", elem_id="collect-sources", padding=False)
     with gr.Row(visible=False, elem_id="collect-written-row") as p.written_row:
         p.written = gr.Textbox(
@@ -170,7 +172,7 @@ def _words(p: Parts) -> None:
         p.tags = gr.Dropdown(
             [], multiselect=True, allow_custom_value=True, label="Tags", elem_id="collect-tags", scale=2
         )
-    p.count = _plain("collect-count", lines=1, max_lines=4)
+    p.count = plain("collect-count", lines=1, max_lines=4)
     with gr.Row(elem_id="collect-go-on-row"):
         p.question = gr.Textbox(
             placeholder="Go on from the answer you chose last: the next question",
@@ -226,18 +228,3 @@ def _queue(p: Parts) -> None:
         with gr.Row():
             p.paste_add = gr.Button("Add these", elem_id="collect-paste-add", size="sm")
             p.examples = gr.Button("Add example prompts", elem_id="collect-examples", size="sm")
-
-
-def _plain(element: str, *, lines: int, max_lines: int | None = None, scale: int | None = None) -> gr.Textbox:
-    """Text to read: what it says is never taken for markup."""
-    return gr.Textbox(
-        show_label=False,
-        container=False,
-        interactive=False,
-        lines=lines,
-        max_lines=max_lines or lines,
-        elem_id=element,
-        elem_classes="plain",
-        autoscroll=False,
-        scale=scale,
-    )

@@ -10,6 +10,8 @@ from lowrank_align.store.records import KINDS, VERDICTS
 from lowrank_align.studio.browsing import ANY, DELETED, HEADERS, STANDING, SUFFIXES
 from lowrank_align.studio.entry_words import STRENGTHS
 
+from .manners import plain
+
 ANSWERS = 6  # boxes for the answers of one entry
 UNDECIDED = "not said"
 EMPTY = (
@@ -82,7 +84,7 @@ def lay_out() -> Parts:
     )
     with gr.Row(elem_id="data-pages"):
         p.before = gr.Button("Newer", size="sm", elem_id="data-before", scale=0, min_width=90)
-        p.where = _plain("data-where")
+        p.where = plain("data-where", max_lines=4)
         p.after = gr.Button("Older", size="sm", elem_id="data-after", scale=0, min_width=90)
     p.hint = gr.Markdown(CHOOSE, elem_id="data-hint")
     with gr.Column(visible=False, elem_id="data-entry") as p.entry:
@@ -109,7 +111,7 @@ def _filters(p: Parts) -> None:
 
 
 def _entry(p: Parts) -> None:
-    p.about = _plain("data-about")
+    p.about = plain("data-about", max_lines=4)
     p.prompt = gr.Textbox(label="Prompt", lines=2, max_lines=12, interactive=False, elem_id="data-prompt")
     with gr.Row(elem_id="data-answers"):
         p.answers = [
@@ -164,18 +166,5 @@ def _files(p: Parts) -> None:
         p.kind = gr.Dropdown(list(EXPORTS), value=EXPORTS[0], show_label=False, container=False, elem_id="data-kind")
         p.export = gr.Button("Export", size="sm", scale=0, min_width=120, elem_id="data-export")
         p.file = gr.DownloadButton("Download", visible="hidden", elem_id="data-file")
-    p.imported = _plain("data-imported", lines=12)
-    p.exported = _plain("data-exported", lines=12)
-
-
-def _plain(name: str, lines: int = 4) -> gr.Textbox:
-    return gr.Textbox(
-        "",
-        show_label=False,
-        container=False,
-        interactive=False,
-        lines=1,
-        max_lines=lines,
-        elem_id=name,
-        elem_classes="plain",
-    )
+    p.imported = plain("data-imported", max_lines=12)
+    p.exported = plain("data-exported", max_lines=12)

@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from lowrank_align.errors import UserError
+from lowrank_align.studio.words import sentence
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +47,22 @@ def told(handler: Callable[..., Any]) -> Callable[..., Any]:
     return answering
 
 
-def sentence(text: str) -> str:
-    """As people read it: a capital at its beginning, a full stop at its end."""
-    text = text.strip()
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+def plain(
+    element: str, *, lines: int = 1, max_lines: int | None = None, scale: int | None = None, visible: bool = True
+) -> gr.Textbox:
+    """Text to read: what it says is never taken for markup."""
+    return gr.Textbox(
+        show_label=False,
+        container=False,
+        interactive=False,
+        lines=lines,
+        max_lines=max_lines or lines,
+        scale=scale,
+        visible=visible,
+        elem_id=element,
+        elem_classes="plain",
+        autoscroll=False,
+    )
 
 
 def _shown(error: Exception) -> Exception:

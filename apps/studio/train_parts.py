@@ -10,6 +10,8 @@ from lowrank_align.studio.curves import PANELS
 from lowrank_align.studio.run_request import KNOBS, all_settings
 from lowrank_align.studio.studio import Studio
 
+from .manners import plain
+
 FIRST_METHOD = "dpo"  # what pairs are for
 LABELS = {
     "epochs": "Rounds",
@@ -84,7 +86,7 @@ def _asked(p: Parts, studio: Studio) -> None:
         (method.upper() if len(method) < 5 else method.capitalize(), method) for method in studio.trainer.methods()
     ]
     p.method = gr.Radio(names, value=FIRST_METHOD, label="Method", elem_id="train-method")
-    p.about = _plain("train-about", lines=1)
+    p.about = plain("train-about", max_lines=3)
     with gr.Row():
         p.data = gr.Dropdown([], label="Data", elem_id="train-data", scale=3)
         p.upload = gr.UploadButton(
@@ -187,17 +189,3 @@ def progress_bar(step: int, total: int) -> str:
     if not total:
         return ""
     return f'<progress value="{int(step)}" max="{int(total)}" aria-label="steps done"></progress>'
-
-
-def _plain(elem_id: str, lines: int) -> gr.Textbox:
-    """Text that is only read."""
-    return gr.Textbox(
-        "",
-        show_label=False,
-        container=False,
-        interactive=False,
-        lines=lines,
-        max_lines=lines + 2,
-        elem_id=elem_id,
-        elem_classes="plain",
-    )
