@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from lowrank_align.base import Base
+
+SLICE_SECONDS = 0.25  # a run's rollouts give way to people so often, not at every token
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def sample(
     found: dict[int, list[Rollout]] = {}
     with inference(base):
         for chunk in _chunks(base, prompts, max(1, batch_size // completions_per_prompt)):
-            sampler = _Sampler(temperature, top_p, generator, base.turns.give_way)
+            sampler = _Sampler(temperature, top_p, generator, partial(base.turns.give_way, SLICE_SECONDS))
             ids = _generate(base, [prompts[i] for i in chunk], sampler, end_ids, max_new_tokens, completions_per_prompt)
             for place, i in enumerate(chunk):
                 mine = ids[place * completions_per_prompt : (place + 1) * completions_per_prompt]

@@ -5,6 +5,7 @@ person's turn may take many tokens; after it the run gets one micro-batch at lea
 """
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,8 @@ class Turns:
         self._run: int | None = None  # the thread that trains
         self._asking = 0  # people who wait
         self._run_is_next = False
+        self._run_since = 0.0
+        self.run_seconds = 0.0  # how long the run had the base before it last gave way
 
     @contextmanager
     def background(self) -> Iterator[None]:
@@ -28,6 +31,7 @@ class Turns:
             self._run = threading.get_ident()
             self._condition.wait_for(lambda: not self._taken)
             self._taken, self._run_is_next = True, False
+            self._run_since = time.monotonic()
         try:
             yield
         finally:
@@ -35,15 +39,22 @@ class Turns:
                 self._taken, self._run, self._run_is_next = False, None, False
                 self._condition.notify_all()
 
-    def give_way(self) -> None:
-        """Let whoever waits have one turn. Called by the run between pieces of work; nothing in any other thread."""
+    def give_way(self, at_least_seconds: float = 0.0) -> None:
+        """Let whoever waits have one turn. Called by the run between pieces of work; nothing in any other thread.
+
+        `at_least_seconds`: not before the run has had the base so long, where its pieces are short (tokens).
+        """
         if self._run != threading.get_ident() or not self._asking:
+            return
+        self.run_seconds = time.monotonic() - self._run_since
+        if self.run_seconds < at_least_seconds:
             return
         with self._condition:
             self._taken = False
             self._condition.notify_all()
             self._condition.wait_for(lambda: not self._taken and (self._run_is_next or not self._asking))
             self._taken, self._run_is_next = True, False
+            self._run_since = time.monotonic()
 
     @contextmanager
     def foreground(self) -> Iterator[None]:

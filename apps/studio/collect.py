@@ -6,7 +6,8 @@ from typing import Any
 
 import gradio as gr
 
-from lowrank_align.studio.collecting import Desk, Draft, Voted
+from lowrank_align.store import Stale
+from lowrank_align.studio.collecting import WRITTEN, Desk, Draft, Voted, can_go_on
 from lowrank_align.studio.collecting_view import SIDES, Shown, decisions, parse_order, shown_now, told_in_words
 from lowrank_align.studio.examples import example_prompts
 from lowrank_align.studio.pairs import Plan
@@ -35,10 +36,21 @@ class Handlers:
         self.desk_view = [
             p.pair, p.last_pair, p.editing, p.prompt, p.before, p.strength, p.reason, p.tags, p.written_row, p.written,
             p.order, p.rank_row, p.vote_a, p.vote_b, p.last, p.message, p.count, p.queue, p.empty, p.recent, p.timer,
-            p.draw, *p.columns, *p.answers, *p.states,
+            p.draw, p.typed, p.go_on_row, *p.columns, *p.answers, *p.states,
         ]  # fmt: skip
         # What people, or the stream, change on the page: sent each time. The rest only where it is new.
-        self.always = [p.prompt, p.strength, p.reason, p.tags, p.written, p.order, p.editing, p.message, p.timer]
+        self.always = [
+            p.prompt,
+            p.typed,
+            p.strength,
+            p.reason,
+            p.tags,
+            p.written,
+            p.order,
+            p.editing,
+            p.message,
+            p.timer,
+        ]
         self.always += [*p.answers, *p.states]
         self.streaming_view = [p.message, p.timer, *p.answers, *p.states]
 
@@ -54,10 +66,11 @@ class Handlers:
             trigger(told(handler), inputs, outputs, **AT_ONCE)
 
         for trigger in (p.draw.click, p.prompt.submit):
-            on(trigger, self.draw, [who, p.pair, p.prompt, p.system, *self.said])
+            on(trigger, self.draw, [who, p.pair, p.prompt, p.system, p.typed])
         for choice, button in p.votes.items():
             on(button.click, self._voter(choice), [who, p.pair, p.order, *self.said])
-        on(p.undo.click, self.undo, [who])
+        on(p.undo.click, self.undo, [who, p.pair])
+        p.prompt.input(lambda: True, None, p.typed, trigger_mode="always_last", **AT_ONCE)
         on(p.write.click, self.write, [who, p.pair, p.written])
         on(p.written.submit, self.write, [who, p.pair, p.written])
         for trigger in (p.go_on.click, p.question.submit):
@@ -98,14 +111,16 @@ class Handlers:
 
     # ---- what people do
 
-    def draw(self, who: str, pair: str, prompt: str, system: str, *said: Any) -> list[Any]:
+    def draw(self, who: str, pair: str | None, prompt: str | None, system: str | None, typed: bool) -> list[Any]:
         """G: a typed prompt; the same prompt once more while the pair is undecided; else the next one."""
         desk = self.studio.desk(who)
         now = shown_now(desk)
-        typed = (prompt or "").strip()
-        typed = "" if typed == now.prompt.strip() else typed
-        if typed:
-            desk.ask(typed, system)
+        stale = (pair or "") != now.pair_id
+        text = (prompt or "").strip()
+        if text and (typed or not stale) and text != now.prompt.strip():
+            desk.ask(text, system)
+        elif stale:
+            raise Stale("the desk has changed in another tab; it is shown in a moment as it is")
         elif desk.current is not None and not desk.held and desk.current.record is None:
             desk.draw_again()
         else:
@@ -123,9 +138,9 @@ class Handlers:
 
         return vote
 
-    def undo(self, who: str) -> list[Any]:
+    def undo(self, who: str, pair: str | None) -> list[Any]:
         desk = self.studio.desk(who)
-        desk.undo()
+        desk.undo(pair or "")
         return self.view(desk)
 
     def write(self, who: str, pair: str, text: str) -> list[Any]:
@@ -146,8 +161,9 @@ class Handlers:
             same: list[Any] = [gr.skip()] * len(answers)
             if desk.held:
                 return [editing, gr.update(value=answers[side]), gr.skip(), *same]
-            desk.stop_side(pair, side)
-            boxes = [gr.update(interactive=True) if k == side else gr.skip() for k in range(len(answers))]
+            text = desk.open_side(pair, side)
+            box = gr.skip() if side in editing else gr.update(value=text, interactive=True)
+            boxes = [box if k == side else gr.skip() for k in range(len(answers))]
             return [sorted({*editing, side}), gr.skip(), gr.skip(), *boxes]
 
         return edit
@@ -274,6 +290,8 @@ class Handlers:
             gr.skip(),
             gr.update(active=now.streaming),
             gr.update(value=now.next_label),
+            False,
+            gr.skip() if voted is None else gr.update(visible=can_go_on(voted.entry)),
             *(gr.update(visible=side < max(2, now.count)) for side in range(SIDES)),
             *self._texts(now, [], fresh=True),
             *self._states(now),
@@ -302,5 +320,7 @@ class Handlers:
 
 def _revealed(voted: Voted) -> str:
     """Who said what, for a moment after the vote."""
+    if voted.sources == WRITTEN:
+        return '<span class="fades">your answer is kept</span>'
     names = " · ".join(f"{chr(65 + k)}: {html.escape(name)}" for k, name in enumerate(voted.sources))
     return f'<span class="fades" data-of="{voted.entry.record.id}-{voted.entry.version}">{names}</span>'

@@ -28,6 +28,8 @@ class Parts:
     editing: Any = None
     seen: Any = None
     sent: Any = None
+    typed: Any = None
+    go_on_row: Any = None
     prompt: Any = None
     before: Any = None
     draw: Any = None
@@ -71,7 +73,7 @@ def lay_out(studio: Studio) -> Parts:
     p = Parts()
     p.last_pair, p.editing, p.seen = gr.State(""), gr.State([]), gr.State([])
     p.pair = gr.Textbox("", visible="hidden", elem_id="collect-pair")  # in the page, so that it is what the page shows
-    p.sent = gr.State([])
+    p.sent, p.typed = gr.State([]), gr.State(False)
     p.timer = gr.Timer(STREAM_SECONDS, active=False)
     _prompt(p)
     _answers(p)
@@ -101,7 +103,6 @@ def _prompt(p: Parts) -> None:
         with gr.Column(scale=1, min_width=150):
             p.queue = plain("collect-queue", lines=2)
             p.draw = gr.Button("Next (G)", elem_id="collect-generate", size="md")
-    p.empty = gr.Markdown(NO_PROMPTS, visible=False, elem_id="collect-empty")
 
 
 def _answers(p: Parts) -> None:
@@ -150,6 +151,7 @@ def _votes(p: Parts) -> None:
     with gr.Row(elem_id="collect-said"):
         p.message = plain("collect-message", lines=1, scale=4)
         p.last = gr.HTML("", elem_id="collect-sources", padding=False)
+    p.empty = gr.Markdown(NO_PROMPTS, visible=False, elem_id="collect-empty")
     with gr.Row(visible=False, elem_id="collect-written-row") as p.written_row:
         p.written = gr.Textbox(
             label="A better answer than both (E takes over the answer under the pointer)",
@@ -173,7 +175,7 @@ def _words(p: Parts) -> None:
             [], multiselect=True, allow_custom_value=True, label="Tags", elem_id="collect-tags", scale=2
         )
     p.count = plain("collect-count", lines=1, max_lines=4)
-    with gr.Row(elem_id="collect-go-on-row"):
+    with gr.Row(visible=False, elem_id="collect-go-on-row") as p.go_on_row:
         p.question = gr.Textbox(
             placeholder="Go on from the answer you chose last: the next question",
             show_label=False,

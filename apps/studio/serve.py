@@ -16,6 +16,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from lowrank_align.config import StudioSettings
 from lowrank_align.errors import EnvironmentProblem, UserError
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FOLDER = "lowrank-studio-"
 PASSWORD = "LOWRANK_STUDIO_PASSWORD"
 PASSWORD_CHARACTERS = 8
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -89,7 +92,11 @@ def prepare_environment() -> Path:
     """Before Gradio is first imported: none of its variables set but ours. The folder of its uploads and downloads."""
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:
         del os.environ[name]
-    folder = Path(tempfile.mkdtemp(prefix="lowrank-studio-")).resolve()  # for this user alone
+    for left in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):  # by a studio that was killed
+        pid = left.name.removeprefix(FOLDER).partition("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            discard(left)
+    folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-")).resolve()  # for this user alone
     os.environ |= {
         "GRADIO_ANALYTICS_ENABLED": "False",
         "GRADIO_TEMP_DIR": str(folder),

@@ -57,13 +57,26 @@ class Reading:
         where, parameters = Filters(**filters).where()
         return int(self._rows(f"SELECT count(*) {JOINED} WHERE {where}", parameters)[0][0])
 
-    def recent(self, annotator: str, limit: int = 10) -> list[Entry]:
-        """The newest decisions that `undo` would take back, newest first; not what was undone, deleted or imported."""
+    def recent(
+        self,
+        annotator: str,
+        limit: int = 10,
+        *,
+        kinds: Sequence[str] = (),
+        origins: Sequence[str] = (),
+        events: Sequence[str] = _DECISIONS,
+    ) -> list[Entry]:
+        """The newest decisions that `undo` would take back, newest first; not what was undone, deleted or imported.
+
+        `kinds` and `origins` of the records, and the `events` (vote, edit) by which what stands was made.
+        """
+        among = [("made.kind", events), ("r.kind", kinds), ("r.origin", origins)]
+        more = " AND ".join(f"{name} IN ({', '.join('?' * len(values))})" for name, values in among if values)
         query = f"""SELECT {_ENTRY} FROM events AS made CROSS JOIN standing AS e
             ON e.record = made.record AND e.annotator = made.annotator AND e.stands = made.version
             JOIN records AS r ON r.id = e.record
-            WHERE made.annotator = ? AND made.kind IN {_DECISIONS} AND NOT e.deleted ORDER BY made.seq DESC LIMIT ?"""
-        return [_entry(row) for row in self._rows(query, (annotator, limit))]
+            WHERE made.annotator = ? AND {more} AND NOT e.deleted ORDER BY made.seq DESC LIMIT ?"""
+        return [_entry(row) for row in self._rows(query, (annotator, *events, *kinds, *origins, limit))]
 
     def annotators(self) -> list[str]:
         """Everybody who has ever judged something here, by name."""

@@ -1,5 +1,6 @@
 """An answer that is being drawn in the speaker's thread and can be read, and stopped, from any other."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from lowrank_align.rollout import generator_for
 from lowrank_align.store import Completion, Text
 from lowrank_align.studio.speaking import Speaker, Ticket
 from lowrank_align.studio.voices import BASE, Voices
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,11 +135,12 @@ def _drawn(answer: Answer, base: Base, renderer: Renderer, voices: Voices, promp
         yield from _tokens(answer, base, renderer, voice.role, prompt)
     except UserError as error:
         answer.error = str(error)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        if is_out_of_memory(error):
+            answer.error = "out of memory: take fewer tokens, or a shorter prompt"
+        else:
+            log.exception("an answer broke off")
             answer.error = "the answer broke off: an error of the studio's own, told in the terminal"
-            raise
-        answer.error = "out of memory: take fewer tokens, or a shorter prompt"
 
 
 def _tokens(answer: Answer, base: Base, renderer: Renderer, role: str, prompt: Text) -> Iterator[None]:

@@ -124,8 +124,8 @@ class Arena:
             match = self.current
             if match is None or match.record is not None or not match.done or match.error or not match.same():
                 return None
-            if any(answer.stopped for answer in match.answers):
-                return None
+            if any(answer.stopped or not answer.text for answer in match.answers):
+                return None  # nothing said on both sides is no tie
             self._keep(match, Judgement("tie", ranks=(1.0, 1.0), tags=(IDENTICAL,)))
             self.last = Revealed(self._names(match), IDENTICAL)
             self._alike += 1
@@ -273,8 +273,9 @@ class Arena:
 
     def _keep(self, match: Match, judgement: Judgement, event_id: str | None = None) -> None:
         record = match.to_record(self._studio)
-        self._store.add(record)
-        self._store.judge(record.id, self.annotator, judgement, expected_version=self.version, event_id=event_id)
+        with self._store.batch():
+            self._store.add(record)
+            self._store.judge(record.id, self.annotator, judgement, expected_version=self.version, event_id=event_id)
         match.record = record
 
     def _remembered(self) -> Setup:

@@ -15,6 +15,7 @@ from lowrank_align.studio.standings import IDENTICAL, Judged, Standings
 
 ELO = 400 / math.log(10)  # points for a nat of log-odds, as in chess
 MEAN_POINTS = 1000
+ENOUGH_VOTES = 10  # before a side is told to win too often, or not
 FEW_VOTES = "No votes yet. Every vote is kept, and is a pair to train on as well."
 
 
@@ -158,6 +159,8 @@ def _several(found: Standings) -> list[str]:
 
 def _left(left: WinRate) -> str:
     line = f"The left answer won {_with_interval(left)} of {_votes(left.total)}"
+    if left.total < ENOUGH_VOTES:
+        return f"{line}: too few votes to say more."
     if left.low <= 0.5 <= left.high:
         return f"{line}: sides do not seem to matter."
     return f"{line}: sides are random, so they should not matter; read the other side first for a while."

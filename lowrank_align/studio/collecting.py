@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 UNDO_UP_TO = 10
+WRITTEN = ("written",)  # in place of the sources, where a better answer was written
 PACE_OVER = 20  # votes
+STOP_SECONDS = 1.0  # longer than a token takes, unless a run has the base
 BREAK_SECONDS = 300.0  # a longer pause is none of the pace
 NOTHING_TO_SHOW = "no prompt: type one, or add a file of prompts to the queue"
 
@@ -58,6 +60,7 @@ class Desk:
         self.version = 0  # of the judgement of the pair on the desk: above 0 once it was judged
         self.held = False  # both were bad, and a better answer may be written
         self.draft = Draft()
+        self._handed_out: dict[int, str] = {}  # by completion: the text that E gave out to be mended
         self.began = time.monotonic()
         source = Source(temperature=studio.settings.temperature, max_new_tokens=studio.settings.max_new_tokens)
         self.upcoming = Upcoming(studio, annotator, Plan(sources=(source, source)), self._rng)
@@ -123,13 +126,24 @@ class Desk:
             self._put_down(again)
             return again
 
-    def stop_side(self, pair_id: str, side: int) -> None:
-        """Somebody writes in this answer: it grows no further."""
+    def open_side(self, pair_id: str, side: int) -> str:
+        """Somebody writes in this answer: it grows no further. What stands there, to begin with.
+
+        UserError where there is no such answer.
+        """
         with self._lock:
             pair = self._on_desk(pair_id)
             sides = pair.shown or tuple(range(pair.count))
-            if pair.record is None and side < len(sides):
-                pair.answers[sides[side]].stop()
+            if side >= len(sides):
+                raise UserError(f"there is no answer {side + 1}")
+            index = sides[side]
+            if pair.record is None:
+                pair.answers[index].stop()
+        if pair.record is None:
+            pair.answers[index].wait(STOP_SECONDS)  # the token under way is drawn to its end
+        with self._lock:
+            self._handed_out.setdefault(index, pair.text(index))
+            return self.draft.edits.get(index) or self._handed_out[index]
 
     def locked(self) -> AbstractContextManager[Any]:
         """Nothing on the desk changes within."""
@@ -168,13 +182,12 @@ class Desk:
             if self.held:
                 raise UserError("this pair is decided: E writes a better answer, G goes on, U takes it back")
             self._keep(draft)
-            if not pair.done and choice != "skip" and any(not pair.text(i) for i in range(pair.count)):
-                raise UserError("an answer has not begun yet: wait for its first words, or skip (S)")
             if pair.error and choice != "skip":
                 raise UserError(f"{pair.error}; skip this prompt (S) or try again (G)")
-            streaming = not pair.done
+            if choice != "skip" and any(not pair.text(i) for i in range(pair.count)):
+                raise UserError("an answer says nothing (yet): wait for its first words, draw again (G), or skip (S)")
+            judgement = self._judgement(pair, choice, ranks, streaming=not pair.done)
             pair.stop()
-            judgement = self._judgement(pair, choice, ranks, streaming)
             record = pair.to_record(self._studio)
             with self._store.batch():
                 self._store.add(record)
@@ -203,21 +216,22 @@ class Desk:
             entry = self._store.entry(pair.id, self.annotator)
             assert entry is not None
             judgement = replace(entry.judgement, written=as_before(pair.record.completions[0].content, text))
-            self._store.judge(
-                pair.id, self.annotator, judgement, expected_version=self.version, event_id=event_id, kind="edit"
-            )
+            self._store.judge(pair.id, self.annotator, judgement, expected_version=self.version, event_id=event_id)
             entry = self._store.entry(pair.id, self.annotator)
             assert entry is not None
             self._clear()
-            return Voted(entry, ("written",))
+            return Voted(entry, WRITTEN)
 
-    def undo(self, event_id: str | None = None) -> Pair:
+    def undo(self, pair_id: str | None = None, event_id: str | None = None) -> Pair:
         """Take the last decision back: the pair is on the desk again as it was, with what was said of it.
 
-        UserError where there is nothing (of the last ten) to take back.
+        `pair_id`: what the page shows on the desk, "" for nothing; Stale where that is something else by now. UserError
+        where there is nothing (of the last ten) to take back. What was changed in other tabs' lists stays.
         """
         with self._lock:
-            recent = [e for e in self._store.recent(self.annotator, UNDO_UP_TO) if e.record.kind in ("pair", "ranking")]
+            if pair_id is not None and pair_id != (self.current.id if self.current else ""):
+                raise Stale("the desk has changed in another tab; it is shown now as it is, press undo again")
+            recent = self.decisions()
             if not recent:
                 raise UserError("nothing to undo")
             entry = recent[0]
@@ -233,6 +247,12 @@ class Desk:
             if self._votes:
                 self._votes.pop()
             return from_store(entry.record)
+
+    def decisions(self) -> list[Entry]:
+        """The last ten of this desk, newest first: what undo would take back."""
+        return self._store.recent(
+            self.annotator, UNDO_UP_TO, kinds=("pair", "ranking"), origins=("collect", "import"), events=("vote",)
+        )
 
     def keep_draft(self, pair_id: str, draft: Draft) -> None:
         """What is said of the pair so far, for a reload or another tab."""
@@ -265,9 +285,10 @@ class Desk:
         return self.current
 
     def _put_down(self, pair: Pair, draft: Draft | None = None) -> None:
-        for answer in pair.answers:
-            answer.hurry(COLLECT)
+        pair.hurry(COLLECT)
+        self._studio.speaker.wake()
         self.current, self.version, self.held, self.draft = pair, 0, False, draft or Draft()
+        self._handed_out = {}
         self.began = time.monotonic()
         self._remember()
         self.upcoming.look_ahead(self.current)
@@ -305,7 +326,7 @@ class Desk:
         edits = {
             i: as_before(pair.verbatim(i), text)
             for i, text in self.draft.edits.items()
-            if text.strip() and text.strip() != pair.text(i).strip()
+            if text.strip() and text.strip() not in (pair.text(i).strip(), self._handed_out.get(i, "").strip())
         }
         return Judgement(
             verdict=verdict,  # type: ignore[arg-type]
@@ -347,6 +368,11 @@ class Desk:
             log.info("what was on %s's desk cannot be taken up; the queue goes on", self.annotator)
             return
         self._put_down(pair, draft)
+
+
+def can_go_on(entry: Entry) -> bool:
+    """Whether a next question can follow: something was chosen, and the prompt is a conversation."""
+    return not isinstance(entry.record.prompt, str) and best_answer(entry) is not None
 
 
 def best_answer(entry: Entry) -> Text | None:

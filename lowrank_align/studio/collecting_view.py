@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lowrank_align.errors import UserError
 from lowrank_align.store import Text
-from lowrank_align.studio.collecting import UNDO_UP_TO, Desk
+from lowrank_align.studio.collecting import Desk
 from lowrank_align.studio.pairs import said
 from lowrank_align.studio.tally import Tally
 
@@ -111,14 +111,14 @@ def told_in_words(studio: "Studio", desk: Desk) -> tuple[str, str]:
     if hint := studio.trainer.enough(tally.pairs):
         lines.append(hint)
     left = studio.store.queue_left(desk.annotator)
-    queue = f"{left} in queue" if left else "the queue is empty: add prompts below, or type one"
+    queue = f"{left} in queue" if left else "queue empty"
     return "\n".join(line for line in lines if line), queue
 
 
 def decisions(studio: "Studio", desk: Desk) -> str:
     """The last ten decisions, newest first, a line each."""
     lines = []
-    for entry in studio.store.recent(desk.annotator, UNDO_UP_TO):
+    for entry in desk.decisions():
         judgement, record = entry.judgement, entry.record
         what = {"preferred": "better", "tie": "tie", "bad": "both bad", "skip": "skipped"}.get(judgement.verdict)
         if judgement.verdict == "preferred" and judgement.ranks:

@@ -46,6 +46,7 @@ class Pair:
         self.shown = shown
         self.record = record  # of a pair that is in the store: an older one, or one that was undone
         self.answers: list[Answer] = []
+        self.urgency = AHEAD  # of its answers; those drawn again have it too
         self.gap: float | None = None  # between the scores of the two answers
         self.redrawn = 0
 
@@ -79,6 +80,12 @@ class Pair:
         if self.record is not None:
             return self.record.completions
         return tuple(answer.completion() for answer in self.answers)
+
+    def hurry(self, urgency: int) -> None:
+        """Somebody waits for it now."""
+        self.urgency = max(self.urgency, urgency)
+        for answer in self.answers:
+            answer.hurry(urgency)
 
     def stop(self) -> None:
         for answer in self.answers:
@@ -154,7 +161,14 @@ def repeated(old: Record, rng: random.Random) -> Pair:
 def from_store(record: Record) -> Pair:
     """A pair that is in the store."""
     shown = record.shown or tuple(range(len(record.completions)))
-    return Pair(record.prompt, queue_id=record.queue_id, record_id=record.id, shown=shown, record=record)
+    return Pair(
+        record.prompt,
+        queue_id=record.queue_id,
+        record_id=record.id,
+        shown=shown,
+        record=record,
+        repeat_of=record.repeat_of,
+    )
 
 
 def said(text: Text) -> str:
@@ -169,7 +183,7 @@ def said(text: Text) -> str:
 def _begin(
     studio: "Studio", pair: Pair, asked: list[tuple[Source, int]], urgency: int, informative: str | None = None
 ) -> None:
-    watch = _Watch(studio, pair, urgency, informative)
+    pair.urgency, watch = urgency, _Watch(studio, pair, informative)
     pair.answers = [studio.answer(pair.prompt, source, seed=seed, urgency=urgency) for source, seed in asked]
     for answer in pair.answers:
         answer.when_done(watch.look)
@@ -181,7 +195,6 @@ class _Watch:
 
     studio: "Studio"
     pair: Pair
-    urgency: int
     informative: str | None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -198,6 +211,6 @@ class _Watch:
             seen: set[str] = set()
             for k, answer in enumerate(pair.answers):
                 if answer.text.strip() in seen and answer.source.temperature > 0:
-                    pair.answers[k] = again = self.studio.answer(pair.prompt, answer.source, urgency=self.urgency)
+                    pair.answers[k] = again = self.studio.answer(pair.prompt, answer.source, urgency=pair.urgency)
                     again.when_done(self.look)
                 seen.add(answer.text.strip())

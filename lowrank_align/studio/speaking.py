@@ -14,14 +14,15 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 AHEAD, COLLECT, CHAT, NOW = 1, 2, 3, 4  # what is more urgent goes first
 AHEAD_AFTER_SECONDS = 0.25  # what nobody waits for yet lets the page answer first
-SECONDS_A_TURN = 6.0  # while a run trains: so long do people have the base before the run's next micro-batch
+# While a run trains, people have the base for some times what the run's last piece took, within these bounds.
+SECONDS_A_TURN, LEAST_SECONDS_A_TURN, TIMES_THE_RUN = 6.0, 1.0, 4.0
 
 
 class Ticket:
     """A piece of work that the speaker was given. `error` holds what it raised, `result` what it returned."""
 
-    def __init__(self, work: Iterator[Any], urgency: int) -> None:
-        self.work, self.urgency = work, urgency
+    def __init__(self, work: Iterator[Any], urgency: int, told: bool = False) -> None:
+        self.work, self.urgency, self.told = work, urgency, told
         self.done = threading.Event()
         self.cancelled = False
         self.error: BaseException | None = None
@@ -74,9 +75,12 @@ class Speaker:
         self._thread = threading.Thread(target=self._run, name="speaker", daemon=True)
         self._thread.start()
 
-    def start(self, work: Iterator[Any], urgency: int = COLLECT) -> Ticket:
-        """Take up a generator whose every `next` is a short bit of work on the base (a token, a batch of scores)."""
-        ticket = Ticket(work, urgency)
+    def start(self, work: Iterator[Any], urgency: int = COLLECT, *, told: bool = False) -> Ticket:
+        """Take up a generator whose every `next` is a short bit of work on the base (a token, a batch of scores).
+
+        What it raises stands in the ticket, and in the log unless whoever asked is `told`.
+        """
+        ticket = Ticket(work, urgency, told)
         with self._condition:
             if self._closing:
                 raise RuntimeError("the studio is closing")
@@ -92,12 +96,19 @@ class Speaker:
         def once() -> Iterator[T]:
             yield function()
 
-        ticket = self.start(once(), NOW)
-        ticket.wait()
+        ticket = self.start(once(), NOW, told=True)
+        while not ticket.wait(1.0):
+            if not self._thread.is_alive():
+                raise RuntimeError("the speaker's thread has ended")
         if ticket.error is not None:
             raise ticket.error
         result: T = ticket.result
         return result
+
+    def wake(self) -> None:
+        """Something that waits has become urgent."""
+        with self._condition:
+            self._condition.notify_all()
 
     @property
     def busy(self) -> bool:
@@ -123,7 +134,8 @@ class Speaker:
                     waits = [ticket.not_before - time.monotonic() for ticket in self._tickets]
                     self._condition.wait(max(0.001, min(waits)) if waits else None)
             with self._base.turns.foreground(), inference(self._base):
-                until = time.monotonic() + SECONDS_A_TURN
+                of_the_run = TIMES_THE_RUN * self._base.turns.run_seconds
+                until = time.monotonic() + min(SECONDS_A_TURN, max(LEAST_SECONDS_A_TURN, of_the_run))
                 while (ticket := self._next()) is not None and time.monotonic() < until:
                     self._bit_of(ticket)
 
@@ -146,6 +158,8 @@ class Speaker:
             self._end(ticket)
         except BaseException as error:  # whoever asked is told; the speaker goes on
             ticket.error = error
+            if not ticket.told:
+                log.error("a piece of the studio's work failed", exc_info=error)
             self._end(ticket)
 
     def _end(self, ticket: Ticket) -> None:

@@ -242,7 +242,11 @@ class Trainer:
                 self._live = self._previous
 
     def _go(self, live: LiveRun, settings: TrainSettings) -> Status:
-        live.started_from = self._voice_of(settings.adapter)
+        try:
+            live.started_from = self._voice_of(settings.adapter)
+        except BaseException:
+            self._let_go(live)
+            raise
         self._thread = threading.Thread(target=self._run, args=(live, settings), name="training", daemon=True)
         self._thread.start()
         return live.status()
@@ -254,14 +258,16 @@ class Trainer:
 
     def _run(self, live: LiveRun, settings: TrainSettings) -> None:
         state, problem = self._train(live, settings)
+        resumable = False
         try:
             self._tidy()
+            old_runs.forget_unused_rows(self._studio, live.name)
+            resumable = state != "finished" and any(one.name == live.name for one in self.resumable())
         except Exception:  # the run itself is over and saved
             log.exception("after %s: tidying up failed", live.name)
-        old_runs.forget_unused_rows(self._studio, live.name)
-        resumable = state != "finished" and any(one.name == live.name for one in self.resumable())
-        self._ended += 1
-        live.end(state, problem, resumable)
+        finally:
+            self._ended += 1
+            live.end(state, problem, resumable)
 
     def _train(self, live: LiveRun, settings: TrainSettings) -> tuple[State, str]:
         """How the run ended, and in one sentence why where it failed."""

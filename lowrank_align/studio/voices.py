@@ -13,6 +13,7 @@ from lowrank_align.provenance import check_same_base
 from lowrank_align.roles import BARE
 
 BASE, LIVE = BARE, "training now"
+KEPT_LOADED = 8  # adapters that stay on the base
 
 Kind = Literal["policy", "reward"]
 
@@ -37,6 +38,8 @@ class Voices:
         self._lock = threading.Lock()
         self._found: dict[str, tuple[Kind, Path]] = {}
         self._loaded: dict[str, Voice] = {BASE: Voice(BASE, BARE, "policy")}
+        self._numbers = 0
+        self._digests: dict[tuple[str, int, int, int], str] = {}
         self._named: dict[str, tuple[Kind, Path]] = {}
         self.live: str | None = None  # the run that trains a policy now, as its voice's hash tells
         for given in named:
@@ -92,13 +95,30 @@ class Voices:
         if found is None:
             raise UserError(f"{name}: no such adapter{nearest(name, known)} (there are: {', '.join(known)})")
         kind, run = found
-        digest = adapters.weights_sha256(run)
-        voice = self._loaded.get(name)
+        digest = self._digest(run)
+        voice = self._loaded.pop(name, None)
         if voice is None or voice.adapter_hash != digest:  # new, or trained anew under the same name
-            role = voice.role if voice else f"voice_{len(self._loaded)}"
+            self._numbers += 1
+            role = voice.role if voice else f"voice_{self._numbers}"
             self._base.add_role(role, start_from=run, trainable=False)
-            voice = self._loaded[name] = Voice(name, role, kind, run, digest)
+            voice = Voice(name, role, kind, run, digest)
+        self._loaded[name] = voice  # the newest in use is the last
+        self._forget_unused()
         return voice
+
+    def _digest(self, run: Path) -> str:
+        """The hash of a run's weights; a file is read again only when it has changed."""
+        file = adapters.locate(run) / adapters.WEIGHTS
+        seen = file.stat()
+        key = (str(file), seen.st_mtime_ns, seen.st_size, seen.st_ino)
+        if key not in self._digests:
+            self._digests[key] = adapters.weights_sha256(run)
+        return self._digests[key]
+
+    def _forget_unused(self) -> None:
+        """Take the adapters off the base that were not in use for longest: an evening tries many."""
+        for name in [name for name in self._loaded if name != BASE][:-KEPT_LOADED]:
+            self._base.remove_role(self._loaded.pop(name).role)
 
     def _free_name(self, run: Path) -> str:
         inside = run.resolve().is_relative_to(self._runs_folder.resolve())

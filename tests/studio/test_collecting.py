@@ -18,6 +18,12 @@ from lowrank_align.studio.tally import Tally
 PROMPTS = [[{"role": "user", "content": f"question {i}"}] for i in range(8)]
 
 
+@pytest.fixture(autouse=True)
+def talkative(studio: Any) -> None:
+    """The random model ends no answer by itself, so that none is empty by chance."""
+    studio.renderer.end_ids = [10**9]
+
+
 @pytest.fixture
 def desk(studio: Any) -> Desk:
     """With a queue of eight prompts and one pair in front."""
@@ -103,7 +109,7 @@ def test_both_bad_holds_the_pair_until_a_better_answer_is_written(desk: Desk, st
         desk.vote(pair.id, "a")
     voted = desk.write(pair.id, " better ")
     assert voted.entry.judgement.written == "better" and voted.entry.judgement.verdict == "bad"
-    assert [event.kind for event in studio.store.history(pair.id, "ann")] == ["vote", "edit"]
+    assert [event.kind for event in studio.store.history(pair.id, "ann")] == ["vote", "vote"]
     assert desk.current is None and best_answer(voted.entry) == "better"
 
 
@@ -388,3 +394,77 @@ def test_prompts_from_files(studio: Any, tmp_path: Path) -> None:
     (tmp_path / "none.txt").write_text("\n")
     with pytest.raises(UserError, match="none.txt: no prompts"):
         studio.add_prompts_from("none.txt")
+
+
+# ---- what went wrong once
+
+
+def test_opening_an_answer_while_it_streams_is_no_edit(desk: Desk) -> None:
+    """E stops the answer and hands out what stands; unchanged, it is no mended answer, whatever the page showed."""
+    desk.change_plan(Plan(sources=(Source(max_new_tokens=200, temperature=1.0),) * 2, repeats=False))
+    pair = desk.ask("how long?")
+    while not all(answer.text for answer in pair.answers):
+        pair.answers[0].wait(0.005)
+    handed = desk.open_side(pair.id, 0)
+    left = pair.shown[0]
+    assert pair.answers[left].done and handed == pair.text(left)
+    assert desk.vote(pair.id, "a", draft=Draft(edits={left: handed})).entry.judgement.edits == {}
+
+
+def test_an_answer_that_breaks_off_says_so_and_is_not_voted_on(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any) -> Any:
+        raise ValueError("no")
+
+    monkeypatch.setattr("lowrank_align.studio.answers.fitting_prompt", broken)
+    pair = wait(desk.ask("anything"))
+    assert "told in the terminal" in str(pair.error)
+    with pytest.raises(UserError, match="told in the terminal"):
+        desk.vote(pair.id, "a")
+
+
+def test_nothing_is_preferred_over_an_empty_answer(desk: Desk, studio: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "lowrank_align.conversation.stream", lambda *given, **options: iter(studio.renderer.end_ids[:1])
+    )
+    pair = wait(desk.ask("say nothing"))
+    with pytest.raises(UserError, match="says nothing"):
+        desk.vote(pair.id, "tie")
+    assert desk.vote(pair.id, "skip").entry.judgement.verdict == "skip"
+
+
+def test_a_stale_tab_takes_nothing_back(desk: Desk, studio: Any) -> None:
+    pair = desk.current
+    assert pair is not None
+    vote(desk, "a")
+    desk.next()
+    with pytest.raises(Stale, match="another tab"):
+        desk.undo(pair.id)
+    assert studio.store.count() == 1
+    assert desk.undo(desk.current.id).id == pair.id
+
+
+def test_undo_leaves_what_was_changed_elsewhere(desk: Desk, studio: Any) -> None:
+    """Two votes, then the first one's reason is mended in a list: undo takes the second vote back."""
+    from dataclasses import replace
+
+    first = vote(desk, "a").entry
+    desk.next()
+    second = vote(desk, "b").entry
+    mended = replace(first.judgement, reason="on second thoughts")
+    studio.store.judge(first.record.id, "ann", mended, expected_version=1, kind="edit")
+    assert desk.undo().id == second.record.id
+    assert studio.store.entry(first.record.id, "ann").judgement.reason == "on second thoughts"
+
+
+def test_adapters_not_in_use_for_long_leave_the_base(studio: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowrank_align.studio import voices
+
+    monkeypatch.setattr(voices, "KEPT_LOADED", 1)
+    rows = [{"prompt": "Say: ", "chosen": "good", "rejected": "bad"}]
+    for name in ("one", "two"):
+        run("dpo", rows, f"runs/{name}", max_steps=1)
+    studio.voices.refresh()
+    one = studio.speaker.call(lambda: studio.voices.voice("one"))
+    two = studio.speaker.call(lambda: studio.voices.voice("two"))
+    assert one.role not in studio.base.roles and two.role in studio.base.roles
+    assert studio.speaker.call(lambda: studio.voices.voice("one")).role in studio.base.roles
