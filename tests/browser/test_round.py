@@ -34,10 +34,10 @@ def take_pictures(page: Any, folder: Path, name: str) -> None:
             page.click("#theme-button")
         page.evaluate("window.scrollTo(0, 0)")
         page.mouse.move(5, 5)
-        page.screenshot(path=folder / f"{name}-{theme}.png")
+        page.screenshot(path=folder / f"{name}-{theme}.png", animations="disabled")
     page.click("#theme-button")
     page.set_viewport_size({"width": 390, "height": 844})
-    page.screenshot(path=folder / f"{name}-phone.png")
+    page.screenshot(path=folder / f"{name}-phone.png", animations="disabled")
     page.set_viewport_size({"width": 1280, "height": 800})
 
 
