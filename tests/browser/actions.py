@@ -60,3 +60,12 @@ def wait_for_text(page: Any, element: str, part: str, timeout_seconds: float = 6
     found = page.locator(f"#{element}")
     field = found.locator("textarea, input")
     return str(field.first.input_value() if field.count() else found.inner_text())
+
+
+def tab_to(page: Any, element: str, most: int = 150) -> None:
+    """Press Tab until the focus is in an element."""
+    for _ in range(most):
+        if page.evaluate("(id) => document.activeElement.closest(`#${id}`) !== null", element):
+            return
+        page.keyboard.press("Tab")
+    raise AssertionError(f"{element} is not reached with {most} times Tab")

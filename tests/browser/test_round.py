@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.browser.actions import choose, fill, show, shown_pair, text, wait_for_pair, wait_for_text
+from lowrank_align.store import Store
+from lowrank_align.studio.examples import example_prompts
+from tests.browser.actions import choose, fill, show, shown_pair, tab_to, text, wait_for_pair, wait_for_text
 
 VOTES = 12
 
@@ -164,6 +166,8 @@ def export(page: Any, file: Path) -> list[Any]:
 
 def test_by_keys_alone(studio: Any, open_page: Any) -> None:
     """Another annotator, so that the queue begins anew. Nothing is clicked but what the keyboard reaches."""
+    with Store(studio.folder / "studio.db") as store:  # another process beside the studio's
+        store.enqueue(example_prompts("tiny"), "examples")
     page = open_page(studio.address)
     page.focus("#annotator textarea, #annotator input")
     page.keyboard.press("Control+A")
@@ -206,10 +210,45 @@ def test_by_keys_alone(studio: Any, open_page: Any) -> None:
     page.keyboard.press("?")
     page.wait_for_selector("#keys-dialog[open]")
     page.keyboard.press("Escape")
-    page.keyboard.press("Alt+2")
+
+    # train, chat, battle and export, reaching every field and button with Tab
+    page.keyboard.press("Alt+3")
+    page.wait_for_selector("#train-start", state="visible")
+    wait_for_text(page, "train-plan", "pairs;")
+    tab_to(page, "train-max_steps")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("4")
+    tab_to(page, "train-start")
+    wait_for_text(page, "train-plan", "4 steps")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#train-compare", state="hidden")
+    wait_for_text(page, "train-status", "finished", 120)
+    tab_to(page, "train-chat")
+    page.keyboard.press("Enter")
     page.wait_for_selector("#chat-input textarea", state="visible")
-    page.keyboard.press("Alt+1")
-    page.wait_for_selector("#collect-prompt textarea", state="visible")
+    tab_to(page, "chat-input")
+    page.keyboard.type("How was the film?")
+    page.keyboard.press("Enter")
+    assert "dpo" in wait_for_text(page, "chat-standing", "a second")
+    page.keyboard.press("Escape")
+    page.keyboard.press("Alt+3")
+    page.wait_for_selector("#train-compare", state="visible")
+    tab_to(page, "train-compare")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#arena-vote-a", state="visible")
+    for key in ("a", "b"):
+        answer = wait_for_battle(page)
+        page.keyboard.press(key)
+        page.wait_for_function(
+            "(before) => document.querySelector('#arena-answer-a textarea').value !== before", arg=answer
+        )
+    wait_for_text(page, "arena-summary", "of 2 ")
+    page.keyboard.press("Alt+5")
+    page.wait_for_selector("#data-table", state="visible")
+    tab_to(page, "data-export")
+    with page.expect_download() as download:
+        page.keyboard.press("Enter")
+    assert "the best of all." in Path(download.value.path()).read_text()
 
 
 def test_a_prompt_of_ones_own_and_more_than_two_answers(studio: Any, open_page: Any) -> None:

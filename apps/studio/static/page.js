@@ -29,10 +29,11 @@
     const column = event.target.closest && event.target.closest("[id^='collect-column-']");
     if (column) pointed = column.id.slice("collect-column-".length);
   };
-  const whenWritable = (id, tries = 40) => {
+  // A field that begins with an answer's text is entered when the text is there: what is typed must not be overwritten.
+  const whenWritable = (id, filled, tries = 40) => {
     const field = document.querySelector(`#${id} textarea`);
-    if (field && !field.disabled && visible(field)) { field.focus(); return; }
-    if (tries) setTimeout(() => whenWritable(id, tries - 1), 50);
+    if (field && !field.disabled && visible(field) && (!filled || field.value)) { field.focus(); return; }
+    if (tries) setTimeout(() => whenWritable(id, filled, tries - 1), 50);
   };
 
   const digit = (key) => {
@@ -50,7 +51,8 @@
   const collectKey = (key) => {
     if (key === "e") {
       const done = press(`collect-edit-${pointed}`);
-      if (done) whenWritable(visible(at("collect-written-row")) ? "collect-written" : `collect-answer-${pointed}`);
+      const held = visible(at("collect-written-row"));
+      if (done) whenWritable(held ? "collect-written" : `collect-answer-${pointed}`, held);
       return done;
     }
     if (key === "r") return focusOn("collect-reason");
