@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_align import adapters
+from lowrank_align.config import ModelSettings
 from lowrank_align.errors import UserError, nearest
 from lowrank_align.loading import Attention, Loaded, Quantize, context_tokens, load_frozen
 from lowrank_align.probe import choose_layout, choose_logits
@@ -74,6 +75,12 @@ class Base:
     ) -> "Base":
         """Load a folder, a hub id or `tiny`; see `loading.load_frozen` for the errors."""
         return cls(load_frozen(name, quantize=quantize, device=device, dtype=dtype, attention=attention))
+
+    @classmethod
+    def of(cls, settings: ModelSettings) -> "Base":
+        """The base that a command's settings name."""
+        s = settings
+        return cls.load(s.model, quantize=s.quantize, device=s.device, dtype=s.dtype, attention=s.attention)
 
     # ---- roles
 

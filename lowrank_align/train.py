@@ -98,13 +98,7 @@ def train(
             renderer, rows = _rendered(fits, tokenizer, Path(scratch), progress.note)
         settings = fits
         check_resumable(settings, out, rows.sha256)
-        base = base or Base.load(
-            settings.model,
-            quantize=settings.quantize,
-            device=settings.device,
-            dtype=settings.dtype,
-            attention=settings.attention,
-        )
+        base = base or Base.of(settings)
         with base.turns.background():
             base.enable_checkpointing(settings.gradient_checkpointing)
             trainer = kind(base, settings, renderer)

@@ -7,16 +7,15 @@ from typing import Any
 import gradio as gr
 
 from lowrank_align.store import Stale
-from lowrank_align.studio.collecting import WRITTEN, Desk, Draft, Voted, can_go_on
+from lowrank_align.studio.collecting import WRITTEN, Desk, Voted
 from lowrank_align.studio.collecting_view import SIDES, Shown, decisions, parse_order, shown_now, told_in_words
-from lowrank_align.studio.examples import example_prompts
-from lowrank_align.studio.pairs import Plan
+from lowrank_align.studio.deciding import Draft, can_go_on
 from lowrank_align.studio.studio import Studio
 
+from .collect_panels import Panels
 from .collect_parts import EMPTY, Parts, lay_out
 from .manners import AT_ONCE, QUIET, told
 
-STREAM_SECONDS = 0.2
 STRENGTHS = {"slightly": 1, "clearly": 2, "by far": 3}
 
 
@@ -40,18 +39,9 @@ class Handlers:
         ]  # fmt: skip
         # What people, or the stream, change on the page: sent each time. The rest only where it is new.
         self.always = [
-            p.prompt,
-            p.typed,
-            p.strength,
-            p.reason,
-            p.tags,
-            p.written,
-            p.order,
-            p.editing,
-            p.message,
-            p.timer,
-        ]
-        self.always += [*p.answers, *p.states]
+            p.prompt, p.typed, p.strength, p.reason, p.tags, p.written, p.order, p.editing, p.message, p.timer,
+            *p.answers, *p.states,
+        ]  # fmt: skip
         self.streaming_view = [p.message, p.timer, *p.answers, *p.states]
 
     def wire(self) -> None:
@@ -82,14 +72,15 @@ class Handlers:
         on(self.page.watch(self.moved, p.pair).change, self.beat, [who, p.pair, p.seen, p.editing], [*view, p.seen])
         for field in (p.strength, p.reason, p.tags, *p.answers):  # what is typed survives a reload
             field.input(told(self.keep), [who, p.pair, *self.said], None, trigger_mode="always_last", **AT_ONCE)
-        on(p.plan_changed, self.change_plan, [who, *p.plan_inputs], [p.message])
-        on(p.upload.upload, self.add_file, [who, p.upload])
-        on(p.paste_add.click, self.add_pasted, [who, p.paste], [*view, p.paste])
-        on(p.examples.click, self.add_examples, [who])
+        panels = Panels(self.studio, self.take_seat)
+        on(p.plan_changed, panels.change_plan, [who, *p.plan_inputs], [p.message])
+        on(p.upload.upload, panels.add_file, [who, p.upload])
+        on(p.paste_add.click, panels.add_pasted, [who, p.paste], [*view, p.paste])
+        on(p.examples.click, panels.add_examples, [who])
         on(who.change, self.take_seat, [who])
         self.page.on_load(self.only_new(self.take_seat), [p.sent, p.pair, who], [p.sent, *view])
-        self.page.on_load(self.choices, [], p.voice_choices)
-        self.page.tab("collect").select(told(self.choices), [], p.voice_choices, **QUIET)
+        self.page.on_load(panels.choices, [], p.voice_choices)
+        self.page.tab("collect").select(told(panels.choices), [], p.voice_choices, **QUIET)
 
     def only_new(self, handler: Any) -> Any:
         """The handler without what the page shows already: it remembers what it was sent (`sent`, first in and out).
@@ -174,50 +165,6 @@ class Handlers:
         if desk.current is None:
             desk.bring_next()
         return self.view(desk)
-
-    # ---- the queue and the plan
-
-    def add_file(self, who: str, path: str) -> list[Any]:
-        found = self.studio.add_prompts_from(path)
-        return self._added(who, found.added, found.duplicates)
-
-    def add_pasted(self, who: str, text: str) -> list[Any]:
-        lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
-        found = self.studio.store.enqueue([[{"role": "user", "content": line}] for line in lines], "pasted")
-        return [*self._added(who, found.added, found.duplicates), ""]
-
-    def add_examples(self, who: str) -> list[Any]:
-        found = self.studio.store.enqueue(example_prompts(self.studio.base.name), "examples")
-        return self._added(who, found.added, found.duplicates)
-
-    def _added(self, who: str, added: int, duplicates: int) -> list[Any]:
-        known = f", {duplicates} were there already" if duplicates else ""
-        gr.Info(f"{added} prompts added to the queue{known}.", title="")
-        return self.take_seat(who)
-
-    def choices(self) -> list[Any]:
-        """Who can answer and who can judge by now; runs come and go."""
-        self.studio.voices.refresh()
-        voices = self.studio.voices.names()
-        order = ["as in the queue", *self.studio.judges()]
-        return [gr.update(choices=voices), gr.update(choices=voices), gr.update(choices=order)]
-
-    def change_plan(self, who: str, *values: Any) -> str:
-        voice_a, warm_a, voice_b, warm_b, tokens, count, order, repeats, second = values
-        desk = self.studio.desk(who)
-        first = desk.plan.sources[0]
-        plan = Plan(
-            sources=tuple(
-                type(first)(voice, float(warm), first.top_p, int(tokens))
-                for voice, warm in ((voice_a, warm_a), (voice_b, warm_b))
-            ),
-            count=int(count),
-            informative=order if order in self.studio.judges() else None,
-            repeats=bool(repeats),
-            second_opinions=bool(second),
-        )
-        desk.change_plan(plan)
-        return "From the next pair on."
 
     # ---- what the page shows
 

@@ -12,6 +12,7 @@ from .manners import plain
 
 STREAM_SECONDS = 0.2
 EMPTY = "nothing decided yet"
+IN_ORDER = "as in the queue"
 NO_PROMPTS = (
     "No prompts yet. Type one above and press Enter; or open **Queue** below and add a file of prompts, paste some, "
     "or take the examples."
@@ -200,7 +201,7 @@ def _sources(p: Parts, studio: Studio) -> None:
             tokens = gr.Slider(8, 2048, s.max_new_tokens, step=8, label="Longest answer (tokens)")
             count = gr.Slider(2, SIDES, 2, step=1, label="Answers (more than two are ranked)", elem_id="collect-k")
         order = gr.Dropdown(
-            ["as in the queue"], value="as in the queue", label="Which pair next", elem_id="collect-order",
+            [IN_ORDER], value=IN_ORDER, label="Which pair next", elem_id="collect-order",
             info="by a judge: of several pairs, the one whose answers it sees closest comes first",
         )  # fmt: skip
         repeats = gr.Checkbox(True, label="every tenth pair is an old one, to measure how steady I am")

@@ -157,8 +157,40 @@ def serve(
 ) -> Served:
     """Serve the page on a socket of `bind`'s. `blocked`: files and folders that are never given out; `look`: css, head
     and theme. Needs `prepare_environment` before Gradio is imported, to owe nothing to its variables."""
-    import gradio as gr
     import uvicorn
+
+    guard = _guarded(demo, place, allow_hosts, password, blocked, max_upload_bytes, look or {})
+    server = uvicorn.Server(
+        uvicorn.Config(
+            guard,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=1,
+        )
+    )
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, name="page", daemon=True)
+    thread.start()
+    until = time.monotonic() + START_SECONDS
+    while not server.started:
+        if not thread.is_alive() or time.monotonic() > until:
+            raise EnvironmentProblem(f"port {place.getsockname()[1]}: the page could not be served there; see above")
+        time.sleep(0.01)
+    return Served(server, thread, demo, address_of(place, allow_hosts))
+
+
+def _guarded(
+    demo: "gr.Blocks",
+    place: socket.socket,
+    allow_hosts: Sequence[str],
+    password: str | None,
+    blocked: Sequence[Path],
+    max_upload_bytes: int,
+    look: Mapping[str, Any],
+) -> Guard:
+    """The page as an application, with every option of Gradio's said, behind the guard."""
+    import gradio as gr
     from fastapi import FastAPI
     from gradio.routes import App
 
@@ -182,7 +214,7 @@ def serve(
         pwa=False,
         mcp_server=False,
         **_where_known(gr.mount_gradio_app, run_history=False),
-        **(look or {}),
+        **look,
     )
     page = next(inner for route in parent.routes if isinstance(inner := getattr(route, "app", None), App))
 
@@ -190,31 +222,13 @@ def serve(
         names = (f"access-token-{page.cookie_id}", f"access-token-unsecure-{page.cookie_id}")
         return any(cookies.get(name) in page.tokens for name in names)
 
-    guard = Guard(
+    return Guard(
         parent,
         hosts=host_headers([*LOOPBACK_NAMES, *allow_hosts], port),
         max_body_bytes=max_upload_bytes + FORM_BYTES,
         signed_in=signed_in if password else None,
         login_page=(files(__package__) / "static" / "login.html").read_text(encoding="utf-8"),
     )
-    server = uvicorn.Server(
-        uvicorn.Config(
-            guard,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=1,
-        )
-    )
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, name="page", daemon=True)
-    thread.start()
-    until = time.monotonic() + START_SECONDS
-    while not server.started:
-        if not thread.is_alive() or time.monotonic() > until:
-            raise EnvironmentProblem(f"port {port}: the page could not be served there; see above")
-        time.sleep(0.01)
-    return Served(server, thread, demo, address_of(place, allow_hosts))
 
 
 def address_of(place: socket.socket, allow_hosts: Sequence[str] = ()) -> str:

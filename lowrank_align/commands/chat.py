@@ -54,13 +54,7 @@ def chat(settings: ChatSettings) -> int:
     if settings.adapter is not None:
         folder = model_folder(settings.model)
         adapters.check_before_load(settings.adapter, "policy", settings.model, weights_hash(folder), config)
-    base = Base.load(
-        settings.model,
-        quantize=settings.quantize,
-        device=settings.device,
-        dtype=settings.dtype,
-        attention=settings.attention,
-    )
+    base = Base.of(settings)
     session = Session(base, renderer, settings, screen)
     session.run()
     return EXIT_DONE

@@ -184,13 +184,7 @@ def _tell_conversions(loaded: Loaded, source: str) -> None:
 
 
 def _load(settings: ModelSettings) -> Base:
-    base = Base.load(
-        settings.model,
-        quantize=settings.quantize,
-        device=settings.device,
-        dtype=settings.dtype,
-        attention=settings.attention,
-    )
+    base = Base.of(settings)
     if settings.adapter is not None:
         base.add_role("adapter", start_from=settings.adapter, trainable=False)
     base.model.eval()

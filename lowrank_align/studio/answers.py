@@ -1,6 +1,7 @@
 """An answer that is being drawn in the speaker's thread and can be read, and stopped, from any other."""
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,13 @@ from lowrank_align.studio.speaking import Speaker, Ticket
 from lowrank_align.studio.voices import BASE, Voices
 
 log = logging.getLogger(__name__)
+
+SEEDS = 2**31
+
+
+def new_seed() -> int:
+    """One that nobody asked for by number."""
+    return secrets.randbelow(SEEDS)
 
 
 @dataclass(frozen=True)

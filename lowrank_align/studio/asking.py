@@ -1,6 +1,5 @@
 """How the next answer of a talk is to come, and answers on their way."""
 
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from lowrank_align.errors import UserError
-from lowrank_align.studio.answers import Answer, Source
+from lowrank_align.studio.answers import Answer, Source, new_seed
 from lowrank_align.studio.talk import Response
 
 MOST_ANSWERS = 16  # best of n
-SEEDS = 2**31
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Wish:
     def seeds(self) -> list[int | None]:
         """One for each source: side by side the same, so that the voices differ in nothing else."""
         if self.against is not None:
-            return [secrets.randbelow(SEEDS) if self.seed is None else self.seed] * 2
+            return [new_seed() if self.seed is None else self.seed] * 2
         if self.seed is None:
             return [None] * self.best_of
         return [self.seed + number for number in range(self.best_of)]

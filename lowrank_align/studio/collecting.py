@@ -7,12 +7,13 @@ import secrets
 import threading
 import time
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lowrank_align.errors import UserError
-from lowrank_align.store import Entry, Judgement, Stale, Text
+from lowrank_align.store import Entry, Stale, Text
 from lowrank_align.studio.answers import Source
+from lowrank_align.studio.deciding import Draft, as_before, best_answer, judgement_of
 from lowrank_align.studio.pairs import Pair, Plan, drawn, drawn_again, from_store
 from lowrank_align.studio.speaking import COLLECT
 from lowrank_align.studio.upcoming import Upcoming
@@ -28,16 +29,6 @@ PACE_OVER = 20  # votes
 STOP_SECONDS = 1.0  # longer than a token takes, unless a run has the base
 BREAK_SECONDS = 300.0  # a longer pause is none of the pace
 NOTHING_TO_SHOW = "no prompt: type one, or add a file of prompts to the queue"
-
-
-@dataclass
-class Draft:
-    """What was said of the pair on the desk before the vote."""
-
-    strength: int | None = None
-    reason: str = ""
-    tags: tuple[str, ...] = ()
-    edits: dict[int, str] = field(default_factory=dict)  # by completion
 
 
 @dataclass(frozen=True)
@@ -186,7 +177,9 @@ class Desk:
                 raise UserError(f"{pair.error}; skip this prompt (S) or try again (G)")
             if choice != "skip" and any(not pair.text(i) for i in range(pair.count)):
                 raise UserError("an answer says nothing (yet): wait for its first words, draw again (G), or skip (S)")
-            judgement = self._judgement(pair, choice, ranks, streaming=not pair.done)
+            judgement = judgement_of(
+                pair, choice, ranks, self.draft, self._handed_out, time.monotonic() - self.began, not pair.done
+            )
             pair.stop()
             record = pair.to_record(self._studio)
             with self._store.batch():
@@ -302,43 +295,6 @@ class Desk:
             self.draft = draft
             self._remember()
 
-    def _judgement(self, pair: Pair, choice: str, ranks: tuple[float, ...] | None, streaming: bool) -> Judgement:
-        sides = pair.shown or tuple(range(pair.count))
-        by_side: dict[str, tuple[str, tuple[float, ...] | None]] = {
-            "a": ("preferred", (1.0, 2.0)),
-            "b": ("preferred", (2.0, 1.0)),
-            "tie": ("tie", (1.0,) * pair.count),
-            "bad": ("bad", None),
-            "skip": ("skip", None),
-            "rank": ("ranked", ranks),
-        }
-        if choice not in by_side:
-            raise UserError(f"{choice}: no such vote (a, b, tie, bad, skip, rank)")
-        if choice in ("a", "b") and pair.count != 2:
-            raise UserError(f"{pair.count} answers are ranked: give their order, best first")
-        verdict, shown_ranks = by_side[choice]
-        if choice == "rank" and (shown_ranks is None or len(shown_ranks) != pair.count):
-            raise UserError(f"give every one of the {pair.count} answers its place, best first")
-        found = None
-        if shown_ranks is not None:
-            rank_of = dict(zip(sides, shown_ranks, strict=True))
-            found = tuple(rank_of[i] for i in range(pair.count))
-        edits = {
-            i: as_before(pair.verbatim(i), text)
-            for i, text in self.draft.edits.items()
-            if text.strip() and text.strip() not in (pair.text(i).strip(), self._handed_out.get(i, "").strip())
-        }
-        return Judgement(
-            verdict=verdict,  # type: ignore[arg-type]
-            ranks=found,
-            strength=self.draft.strength if choice in ("a", "b", "rank") else None,
-            reason=self.draft.reason.strip(),
-            tags=self.draft.tags,
-            edits=edits,
-            seconds=round(time.monotonic() - self.began, 2),
-            streaming=streaming,
-        )
-
     def _count_vote(self, pair: Pair) -> None:
         self._votes = [*self._votes[-PACE_OVER:], time.monotonic()]
         self.upcoming.count(pair)
@@ -368,26 +324,3 @@ class Desk:
             log.info("what was on %s's desk cannot be taken up; the queue goes on", self.annotator)
             return
         self._put_down(pair, draft)
-
-
-def can_go_on(entry: Entry) -> bool:
-    """Whether a next question can follow: something was chosen, and the prompt is a conversation."""
-    return not isinstance(entry.record.prompt, str) and best_answer(entry) is not None
-
-
-def best_answer(entry: Entry) -> Text | None:
-    """What the annotator thinks is the best answer to the prompt: written, mended or chosen; None where none is."""
-    said = entry.judgement
-    if said.written:
-        return said.written
-    if not said.ranks or said.verdict not in ("preferred", "ranked"):
-        return None
-    best = min(range(len(said.ranks)), key=lambda i: said.ranks[i] if said.ranks else 0.0)
-    return said.edits.get(best) or entry.record.completions[best].content
-
-
-def as_before(original: Text, text: str) -> str:
-    """A mended text with the space before it that the original had: plain text goes on where the prompt ends."""
-    if not isinstance(original, str):
-        return text.strip()
-    return original[: len(original) - len(original.lstrip())] + text.strip()

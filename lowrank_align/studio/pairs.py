@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lowrank_align.store import Completion, Record, Text
-from lowrank_align.studio.answers import Answer, Source
+from lowrank_align.studio.answers import Answer, Source, new_seed
 from lowrank_align.studio.speaking import AHEAD, COLLECT
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def drawn(
     rng.shuffle(order)
     pair = Pair(prompt, queue_id=queue_id, shown=tuple(order))
     sources = [plan.sources[k % len(plan.sources)] for k in range(plan.count)]
-    asked = [(source, secrets.randbelow(2**31)) for source in sources]
+    asked = [(source, new_seed()) for source in sources]
     _begin(studio, pair, asked, AHEAD if ahead else COLLECT, plan.informative)
     return pair
 

@@ -1,7 +1,6 @@
 """What the page works with: one base, one store, one speaker, and everything that is done with them."""
 
 import logging
-import secrets
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from lowrank_align.loading import check_device, read_config, read_tokenizer
 from lowrank_align.memory import free_bytes
 from lowrank_align.preset_check import from_preset, preset_lines
 from lowrank_align.store import Enqueued, Store, Text
-from lowrank_align.studio.answers import Answer, Source, draw
+from lowrank_align.studio.answers import Answer, Source, draw, new_seed
 from lowrank_align.studio.arena import Arena
 from lowrank_align.studio.chatting import Chats
 from lowrank_align.studio.collecting import Desk
@@ -32,7 +31,6 @@ from lowrank_align.trees import TreeRow
 
 log = logging.getLogger(__name__)
 
-SEEDS = 2**31
 NAME_CHARACTERS = 60  # of an annotator
 IMPLICIT = "implicit:"  # before a voice's name: its implicit reward instead of a reward run's score
 
@@ -61,7 +59,8 @@ class Studio:
         self.trainer = Trainer(self)
         self.chats = Chats(self)
         self._lock = threading.Lock()
-        self._copies = base.copies_in_memory()  # counted once: it goes through every tensor of the process
+        # Told every second, but counted once: these go through every tensor of the process, and of the base.
+        self._copies, self._base_bytes = base.copies_in_memory(), base.frozen_bytes()
         self._desks: dict[str, Desk] = {}
         self._arenas: dict[str, Arena] = {}
 
@@ -79,13 +78,7 @@ class Studio:
         )
         for line in preset_lines(settings, renderer, read_config(settings.model)):
             log.info("%s", line)
-        base = Base.load(
-            settings.model,
-            quantize=settings.quantize,
-            device=settings.device,
-            dtype=settings.dtype,
-            attention=settings.attention,
-        )
+        base = Base.of(settings)
         base.model.eval()
         return cls(base, renderer, store or Store(Path(settings.store).expanduser()), settings)
 
@@ -93,7 +86,7 @@ class Studio:
 
     def answer(self, prompt: Text, source: Source, *, seed: int | None = None, urgency: int = COLLECT) -> Answer:
         """Begin an answer and come back at once; without a seed, one of its own."""
-        seed = secrets.randbelow(SEEDS) if seed is None else seed
+        seed = new_seed() if seed is None else seed
         return draw(self.base, self.renderer, self.voices, self.speaker, prompt, source, seed, urgency)
 
     def scores(self, reward: str, prompt: Text, completions: Sequence[Text]) -> list[float]:
@@ -202,7 +195,7 @@ class Studio:
             quantize={"nf4": "NF4", "int8": "8-bit", "none": "not quantised"}[self.base.quantize],
             copies=self._copies,
             adapters=adapters,
-            base_bytes=self.base.frozen_bytes(),
+            base_bytes=self._base_bytes,
             free_bytes=free_bytes(self.base.device),
             doing=self.doing(),
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 from lowrank_align.ratings import WinRate
 from lowrank_align.store import Entry, Store
-from lowrank_align.studio.collecting import best_answer
+from lowrank_align.studio.deciding import best_answer
 from lowrank_align.studio.pairs import said
 
 KINDS = ("pair", "battle", "ranking")

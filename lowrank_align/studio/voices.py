@@ -96,12 +96,13 @@ class Voices:
             raise UserError(f"{name}: no such adapter{nearest(name, known)} (there are: {', '.join(known)})")
         kind, run = found
         digest = self._digest(run)
-        voice = self._loaded.pop(name, None)
+        voice = self._loaded.get(name)
         if voice is None or voice.adapter_hash != digest:  # new, or trained anew under the same name
             self._numbers += 1
             role = voice.role if voice else f"voice_{self._numbers}"
             self._base.add_role(role, start_from=run, trainable=False)
             voice = Voice(name, role, kind, run, digest)
+        self._loaded.pop(name, None)
         self._loaded[name] = voice  # the newest in use is the last
         self._forget_unused()
         return voice

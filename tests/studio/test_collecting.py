@@ -8,8 +8,9 @@ import pytest
 from lowrank_align.errors import UserError
 from lowrank_align.store import Stale, Store
 from lowrank_align.studio.answers import Source
-from lowrank_align.studio.collecting import Desk, Draft, as_before, best_answer
+from lowrank_align.studio.collecting import Desk
 from lowrank_align.studio.collecting_view import decisions, parse_order, shown_now, told_in_words
+from lowrank_align.studio.deciding import Draft, as_before, best_answer
 from lowrank_align.studio.examples import example_prompts
 from lowrank_align.studio.pairs import Pair, Plan, said
 from lowrank_align.studio.studio import Studio
@@ -188,7 +189,7 @@ def test_identical_answers_are_drawn_again(studio: Any, monkeypatch: pytest.Monk
     from lowrank_align.studio import pairs
 
     seeds = iter([1, 1, 2, 3, 4])
-    monkeypatch.setattr(pairs.secrets, "randbelow", lambda below: next(seeds))
+    monkeypatch.setattr("lowrank_align.studio.answers.secrets.randbelow", lambda below: next(seeds))
     pair = pairs.drawn(studio, Plan(sources=(Source(max_new_tokens=8, temperature=1.5),) * 2), PROMPTS[0])
     first = list(pair.answers)
     for answer in first:
