@@ -12,18 +12,18 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
 from lowrank_align import adapters
-from lowrank_align.config import TrainSettings, read_yaml
+from lowrank_align.config import OnlineSettings, TrainSettings, is_function, read_yaml
 from lowrank_align.errors import EnvironmentProblem, UserError, nearest
 from lowrank_align.loading import check_device, model_folder, read_config
 from lowrank_align.plan import size_bytes
 from lowrank_align.provenance import read_provenance, weights_hash
-from lowrank_align.rewards import is_function, load_function
+from lowrank_align.rewards import load_function
 from lowrank_align.runs import check_place, read_state
 
 log = logging.getLogger(__name__)
 
 ROOM_BYTES = 64 * 2**20  # below this much free disk no run is begun
-INPUTS = ("model", "adapter", "reward", "data", "prompts", "eval_data", "chat_template")
+INPUTS = ("model", "adapter", "reward", "data", "prompts", "eval_data", "pretrain_data", "chat_template")
 
 # What may differ between a run and its resumption: how far it goes (with it the rate's schedule), how often it
 # reports, and what of it is in memory at once.
@@ -54,8 +54,10 @@ def check_machine(settings: TrainSettings, out: Path) -> None:
 
 def check_inputs_stay(settings: TrainSettings, out: Path) -> None:
     """--overwrite empties OUT: nothing that the run begins with may lie in there."""
-    for name in INPUTS if settings.overwrite else ():
-        given = getattr(settings, name, None)
+    named = [(name, getattr(settings, name, None)) for name in INPUTS if settings.overwrite]
+    for name, given in [
+        (name, one) for name, value in named for one in (value if isinstance(value, list) else [value])
+    ]:
         found = Path(given).expanduser().resolve() if given else None
         if found and found.exists() and out.resolve() in (found, *found.parents):
             flag = name.replace("_", "-")
@@ -70,11 +72,11 @@ def check_adapters(settings: TrainSettings) -> None:
         given.append((settings.adapter, None if settings.method == "reward" else "policy"))
     elif settings.target_modules:
         adapters.check_targets(settings.target_modules, config)
-    reward = getattr(settings, "reward", None)
-    if reward is not None and is_function(reward):
-        load_function(reward)
-    elif reward is not None:
-        given.append((reward, "reward"))
+    for reward in settings.reward if isinstance(settings, OnlineSettings) else ():
+        if is_function(reward):
+            load_function(reward)
+        else:
+            given.append((reward, "reward"))
     for start, kind in given:
         adapters.check_before_load(start, kind, settings.model, weights_hash(folder), config)
 
@@ -113,9 +115,11 @@ def check_resumable(settings: TrainSettings, out: Path, data_hash: str) -> None:
     if settings.adapter is not None:  # with other bytes, DPO and PPO would get another reference half-way
         begun = (record.get("parent") or {}).get("adapter_hash")
         sources.append((settings.adapter, begun, adapters.weights_sha256(settings.adapter)))
-    reward = getattr(settings, "reward", None)
-    if reward is not None and not is_function(reward):
-        sources.append((reward, record.get("reward_hash"), adapters.weights_sha256(reward)))
+    if isinstance(settings, OnlineSettings):
+        sources += [
+            (run, (record.get("reward_hashes") or {}).get(run), adapters.weights_sha256(run))
+            for run in settings.reward_runs
+        ]
     for source, before_hash, hash_now in sources:
         if before_hash not in (None, hash_now):
             raise UserError(f"--resume: {source} has changed since {out} began; put it back, or use a new --out")

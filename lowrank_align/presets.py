@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from lowrank_align.architecture import Architecture
 from lowrank_align.config.commands import COMMANDS
 from lowrank_align.config.knobs import Settings, kinds
-from lowrank_align.config.training import METHODS
+from lowrank_align.config.methods import METHODS
 from lowrank_align.config.yaml_files import first_problem, read_yaml
 from lowrank_align.errors import UserError, nearest
 

@@ -46,7 +46,7 @@ class Provenance:
     data_hash: str | None = None
     parent: dict[str, str] | None = None
     adapter_hash: str | None = None
-    reward_hash: str | None = None  # of the reward run that PPO followed
+    reward_hashes: dict[str, str] | None = None  # of the reward runs that it followed, by path
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str | None] = field(default_factory=lambda: versions())
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))

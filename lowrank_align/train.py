@@ -23,7 +23,7 @@ from lowrank_align.checks import (
     check_resumable,
     finished_before,
 )
-from lowrank_align.config import ADAPTERS_OWN, METHODS, TrainSettings, resolve, to_yaml
+from lowrank_align.config import ADAPTERS_OWN, METHODS, OnlineSettings, TrainSettings, resolve, to_yaml
 from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row
 from lowrank_align.data.training import TrainingRows, training_rows
@@ -37,7 +37,6 @@ from lowrank_align.preflight import as_the_run_began, fitted
 from lowrank_align.preset_check import from_preset, preset_lines
 from lowrank_align.progress import Progress
 from lowrank_align.provenance import folder_sha256, model_card, write_provenance
-from lowrank_align.rewards import is_function
 from lowrank_align.runs import RunFolder, check_output, open_run, refuse_running
 from lowrank_align.stopping import StopSignals
 
@@ -186,9 +185,9 @@ def _provenance(method: Method[Any, Any], data_hash: str) -> dict[str, Any]:
     parent = None
     if s.adapter is not None:
         parent = {"run": s.adapter, "adapter_hash": adapters.weights_sha256(s.adapter)}
-    reward = getattr(s, "reward", None)
+    judges = s.reward_runs if isinstance(s, OnlineSettings) else []
     return {
-        "reward_hash": adapters.weights_sha256(reward) if reward and not is_function(reward) else None,
+        "reward_hashes": {run: adapters.weights_sha256(run) for run in judges} or None,
         "base": base.name,
         "base_hash": base.weights_hash,
         "method": s.method,

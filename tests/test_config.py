@@ -68,7 +68,7 @@ def test_defaults_are_valid(method: str) -> None:
     known = METHODS[method].model_fields
     settings = resolve(METHODS[method], {name: value for name, value in given.items() if name in known})
     assert settings.seed == 0
-    assert settings.rows == ("p" if method == "ppo" else "d.jsonl")
+    assert settings.rows == ("p" if METHODS[method].rows_field == "prompts" else "d.jsonl")
     assert set(TrainSettings.model_fields) <= set(known)
 
 
@@ -106,7 +106,11 @@ def test_defaults_are_valid(method: str) -> None:
         (SFTSettings, {"eval_data": "e", "eval_rows": 3}, "eval_data and eval_rows exclude each other"),
         (SFTSettings, {"early_stopping": 2}, "early_stopping needs held-out rows (eval_data or eval_rows)"),
         (DPOSettings, {"label_smoothing": 0.5}, "label_smoothing: input should be less than 0.5 (got 0.5)"),
-        (DPOSettings, {"label_smoothing": 0.1, "loss": "ipo"}, "label_smoothing is for loss: sigmoid, not ipo"),
+        (
+            DPOSettings,
+            {"label_smoothing": 0.1, "loss": "ipo"},
+            "label_smoothing is for loss: robust and sigmoid, not ipo",
+        ),
         (DPOSettings, {"lora_dropout": 0.1}, "lora_dropout: input should be less than or equal to 0 (got 0.1)"),
         (GenerateSettings, {"top_p": 0.0}, "top_p: input should be greater than 0 (got 0.0)"),
     ],

@@ -45,7 +45,11 @@ LAYERS: dict[str, list[str]] = {
     "programs": ["commands", "cli", "apps", "__main__"],
 }
 FACADE = ""
-METHODS_IN_COMMON = {"methods", "methods.method"}  # the registry and the base class: every method may know these
+METHODS_IN_COMMON = {
+    "methods",
+    "methods.method",
+    "methods.online",
+}  # the registry and what methods share: every method may know these
 
 # Third-party packages that a module may not know, whatever its layer.
 MODELS = {"accelerate", "bitsandbytes", "datasets", "gradio", "peft", "transformers", "trl"}

@@ -143,18 +143,22 @@ def test_a_step_by_hand(
     knobs |= {"clip_range": clip, "clip_range_value": clip_value, "value_coefficient": 0.25, "temperature": 0.8}
     method, prompts = make_method("ppo", PROMPTS, reward=reward, **SMALL | {"ppo_epochs": 1, "minibatches": 1}, **knobs)
     seen: dict[str, Any] = {}
-    roll_out, score_all = method._roll_out, method._score_all
-    method._roll_out = lambda *a: seen.setdefault("rollouts", roll_out(*a))
-    method._score_all = lambda *a: seen.setdefault("scores", score_all(*a))
+    roll_out, said, of_trees = method.roll_out, method._said, method.rewards.of_trees
+    method.roll_out = lambda *a: seen.setdefault("groups", roll_out(*a))
+    method._said = lambda *a: seen.setdefault("said", said(*a))
+    method.rewards.of_trees = lambda *a: seen.setdefault("scores", of_trees(*a))
     with torch.no_grad():
         (episodes,) = method.round(prompts, 1, no_retry)
 
     advantages, returns, scores, kls = [], [], [], []
-    finished = [rollout.finished for rollout in seen["rollouts"]]
+    rollouts = [rollout for group in seen["groups"] for rollout in group]
+    by_run = next(iter(seen["scores"].values())).tolist() if source == "run" else [0.0] * len(rollouts)
+    columns = [[row[: len(r.ids)] for row, r in zip(c, rollouts, strict=True)] for c in seen["said"][:3]]
+    finished = [rollout.finished for rollout in rollouts]
     assert len(set(finished)) == 2 or source == "run", "no rollout with and one without an end: nothing is penalised"
-    for rollout, (logps, ref_logps, values, _, from_run) in zip(seen["rollouts"], seen["scores"], strict=True):
+    for rollout, logps, ref_logps, values, from_run in zip(rollouts, *columns, by_run, strict=True):
         text = method.renderer.decode(rollout.ids)
-        raw = float(len(text)) if source == "function" else from_run.item()
+        raw = float(len(text)) if source == "function" else from_run
         logps, ref_logps, v = logps.tolist(), ref_logps.tolist(), [*values.tolist(), 0.0]
         rewards = [-beta * (a - b) for a, b in zip(logps, ref_logps, strict=True)]
         rewards[-1] += raw - (0 if rollout.ids[-1] in method.renderer.end_ids else penalty)

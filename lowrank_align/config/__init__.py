@@ -22,16 +22,27 @@ from lowrank_align.config.commands import (
 )
 from lowrank_align.config.data import DATA_COMMANDS, DataExportSettings, DataImportSettings, DataStatsSettings
 from lowrank_align.config.knobs import ModelSettings, Settings
-from lowrank_align.config.resolve import resolve, to_yaml
-from lowrank_align.config.training import (
-    ADAPTERS_OWN,
-    METHODS,
+from lowrank_align.config.methods import METHODS
+from lowrank_align.config.offline import (
+    CoHSettings,
+    ConditionSettings,
     DPOSettings,
-    PPOSettings,
+    KTOSettings,
     RewardSettings,
     SFTSettings,
-    TrainSettings,
 )
+from lowrank_align.config.online import (
+    ExpertSettings,
+    GRPOSettings,
+    OnlineDPOSettings,
+    OnlineSettings,
+    PPOSettings,
+    QuarkSettings,
+    RLOOSettings,
+    is_function,
+)
+from lowrank_align.config.resolve import resolve, to_yaml
+from lowrank_align.config.training import ADAPTERS_OWN, TrainSettings
 from lowrank_align.config.yaml_files import parse_yaml, read_yaml
 
 __all__ = [
@@ -39,20 +50,29 @@ __all__ = [
     "AuditSettings",
     "COMMANDS",
     "ChatSettings",
+    "CoHSettings",
+    "ConditionSettings",
     "DATA_COMMANDS",
     "DPOSettings",
     "DataExportSettings",
     "DataImportSettings",
     "DataStatsSettings",
     "DoctorSettings",
+    "ExpertSettings",
     "ExportSettings",
+    "GRPOSettings",
     "GenerateSettings",
+    "KTOSettings",
     "LogpsSettings",
     "METHODS",
     "ModelSettings",
+    "OnlineDPOSettings",
+    "OnlineSettings",
     "PPOSettings",
     "PlanSettings",
     "PresetsSettings",
+    "QuarkSettings",
+    "RLOOSettings",
     "ReadingSettings",
     "RewardSettings",
     "RowsSettings",
@@ -62,6 +82,7 @@ __all__ = [
     "ShowSettings",
     "StudioSettings",
     "TrainSettings",
+    "is_function",
     "parse_yaml",
     "read_yaml",
     "resolve",

@@ -1,4 +1,4 @@
-"""The knobs of the training methods."""
+"""What all training methods share; the knobs of each are in `offline` and `online`."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -14,6 +14,10 @@ class TrainSettings(ModelSettings):
 
     method: ClassVar[str]
     rows_field: ClassVar[str] = "data"
+    # what the memory planner has to know of a method
+    speaks: ClassVar[bool] = True  # it puts completion tokens through the language model's head
+    has_reference: ClassVar[bool] = False  # a frozen copy of the policy lies beside it
+    trained_adapters: ClassVar[int] = 1
 
     out: str
     """The run's folder. It must not exist, unless with --resume or --overwrite."""
@@ -107,107 +111,3 @@ class TrainSettings(ModelSettings):
         if self.early_stopping and not (self.eval_data or self.eval_rows):
             raise ValueError("early_stopping needs held-out rows (eval_data or eval_rows)")
         return self
-
-
-class SFTSettings(TrainSettings):
-    """Supervised fine-tuning on demonstrations."""
-
-    method = "sft"
-
-    data: str
-    """Rows: a .jsonl, .json, .parquet (or gzipped) file, a folder of them, or a hub data set id."""
-    learning_rate: Rate = 2e-4
-    """The peak learning rate."""
-
-
-class RewardSettings(TrainSettings):
-    """A reward model from pairs or rankings (Bradley-Terry)."""
-
-    method = "reward"
-
-    data: str
-    """Rows: a .jsonl, .json, .parquet (or gzipped) file, a folder of them, or a hub data set id."""
-    centering_coefficient: Coefficient = 0.01
-    """Weight of the auxiliary (r_chosen + r_rejected)^2 that keeps scores near 0; 0: off."""
-    shift_over: Literal["all", "chosen", "reference"] = "all"
-    """Scores are shifted to a mean of 0 over these training completions; `reference`: the start adapter's answers."""
-    shift_rows: Positive = 256
-    """Over how many rows that mean is taken."""
-
-
-class DPOSettings(TrainSettings):
-    """Direct preference optimisation on pairs."""
-
-    method = "dpo"
-
-    data: str
-    """Rows: a .jsonl, .json, .parquet (or gzipped) file, a folder of them, or a hub data set id."""
-    learning_rate: Rate = 5e-5
-    """The peak learning rate."""
-    beta: Rate = 0.1
-    """Nearness to the reference: larger stays closer."""
-    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-    """The loss on the difference of log-ratios."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """The share of labels taken to be wrong (cDPO; sigmoid only)."""
-    lora_dropout: Annotated[float, Field(ge=0, le=0)] = 0.0
-    """0: policy and reference must agree at the first step."""
-
-    @model_validator(mode="after")
-    def _smoothing_is_sigmoids(self) -> "DPOSettings":
-        if self.label_smoothing and self.loss != "sigmoid":
-            raise ValueError(f"label_smoothing is for loss: sigmoid, not {self.loss}")
-        return self
-
-
-class PPOSettings(TrainSettings):
-    """Proximal policy optimisation of a reward model or a Python function."""
-
-    method = "ppo"
-    rows_field = "prompts"
-
-    prompts: str
-    """Prompts: any rows that have one, in a file, a folder or a hub data set."""
-    reward: str
-    """A reward run, or module:function(prompts, completions) -> scores, looked up in the current folder too."""
-    learning_rate: Rate = 1e-4
-    """The policy's peak learning rate."""
-    value_learning_rate: Rate | None = None
-    """The value model's peak learning rate; without it, twice the policy's."""
-    adam_epsilon: Rate = 1e-5
-    """AdamW's epsilon."""
-    batch_size: Positive = 32
-    """Prompts per step: each gets one rollout."""
-    minibatches: Positive = 2
-    """Optimiser steps per pass over the rollouts."""
-    ppo_epochs: Positive = 4
-    """Passes over each batch of rollouts."""
-    max_new_tokens: Positive = 64
-    """The longest rollout in tokens."""
-    rollout_batch_size: Positive = 32
-    """Rollouts that are drawn at once; halved by itself when memory runs out."""
-    temperature: Rate = 1.0
-    """Rollouts are sampled, and all log-probabilities taken, at this temperature."""
-    kl_coefficient: Coefficient = 0.05
-    """The price of a nat of KL to the reference in the per-token reward (beta)."""
-    target_kl: Rate | None = None
-    """Adapt the coefficient so that a rollout's KL goes to so many nats (Ziegler et al. 2019)."""
-    kl_horizon: Positive = 10_000
-    """Rollouts over which the adaptive coefficient moves."""
-    clip_range: Rate = 0.2
-    """The policy's ratio is clipped to 1 +- this."""
-    clip_range_value: Rate = 0.2
-    """Values are clipped to +- this around the old ones."""
-    value_coefficient: Coefficient = 0.1
-    """Weight of the value loss."""
-    gamma: Fraction = 1.0
-    """Discount."""
-    gae_lambda: Fraction = 0.95
-    """Lambda of the generalised advantage estimate."""
-    missing_eos_penalty: Coefficient = 1.0
-    """Subtracted from the score of a rollout that does not end by itself."""
-    lora_dropout: Annotated[float, Field(ge=0, le=0)] = 0.0
-    """0: dropout is off in every role."""
-
-
-METHODS: dict[str, type[TrainSettings]] = {c.method: c for c in (SFTSettings, RewardSettings, DPOSettings, PPOSettings)}

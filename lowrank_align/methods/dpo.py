@@ -42,7 +42,7 @@ class DPO(Method[DPOSettings, TreeRow]):
             outcome = dpo(
                 logps[pairs.first], logps[pairs.second], ref_logps[pairs.first], ref_logps[pairs.second],
                 num_tokens[pairs.first], num_tokens[pairs.second],
-                s.beta, s.loss, s.label_smoothing, pairs.preference,
+                s.beta, s.loss[0], s.label_smoothing, pairs.preference,
             )  # fmt: skip
             loss = mean_per_row(outcome.loss, pairs.row_of, len(items)).sum() / weight
             self.backward(loss)

@@ -1,7 +1,7 @@
 """Proximal policy optimisation of a reward (arXiv 1707.06347, for language 1909.08593; details of 2403.17031).
 
 Policy and value have an adapter each, the reference is a frozen copy, the reward model a fourth adapter: one base.
-Left out: PPO-ptx, reward whitening, several rollouts a prompt.
+Left out: reward whitening, several rollouts a prompt.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,22 +14,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lowrank_align.base import Base
 from lowrank_align.config import PPOSettings
-from lowrank_align.data.chat import Rendered, Renderer
-from lowrank_align.data.formats import Row, Shape
+from lowrank_align.data.chat import Renderer
 from lowrank_align.memory import release_unused
-from lowrank_align.methods.method import Method, Metrics, Retry, assert_policy_is_reference
-from lowrank_align.objectives.rollout import (
-    AdaptiveKL,
-    penalise_unfinished,
-    per_token_rewards,
-    ppo_policy_loss,
-    ppo_value_loss,
-)
-from lowrank_align.rewards import is_function, load_function
-from lowrank_align.rollout import Rollout, fill_cache, generator_for, sample
+from lowrank_align.methods.method import Metrics, Retry
+from lowrank_align.methods.online import OnlineMethod, group_row
+from lowrank_align.objectives.rollout import AdaptiveKL, per_token_rewards, ppo_policy_loss, ppo_value_loss
+from lowrank_align.rollout import Rollout, generator_for
 from lowrank_align.runs import RunFolder
 from lowrank_align.tensors import gae, reduce, whiten
-from lowrank_align.trees import Completion, TreeRow, longest_rows
+from lowrank_align.trees import TreeRow
 
 
 @dataclass(frozen=True)
@@ -43,37 +36,19 @@ class Episode:
     returns: Tensor
 
 
-class PPO(Method[PPOSettings, Episode]):
-    # ---- data
-
-    shapes = frozenset({Shape.prompts})
-
-    @staticmethod
-    def render(row: Row, renderer: Renderer, settings: PPOSettings) -> Rendered:
-        ids = renderer.prompt_ids(row)
-        if len(ids) + settings.max_new_tokens > settings.max_length:
-            return Rendered(None, f"prompt of {len(ids)} tokens leaves no room for {settings.max_new_tokens} new ones")
-        # what a reward function sees: the prompt as the row has it; of a conversation, what was said last
-        text = row.prompt if isinstance(row.prompt, str) else str(row.prompt[-1]["content"])
-        return Rendered(TreeRow(ids, [], index=row.index, prompt_text=text))
-
+class PPO(OnlineMethod[PPOSettings, Episode]):
     # ---- roles
 
     trained = ("policy", "value")
 
     def __init__(self, base: Base, settings: PPOSettings, renderer: Renderer) -> None:
         super().__init__(base, settings, renderer)
-        self.reward = load_function(settings.reward) if is_function(settings.reward) else None
         self.kl = AdaptiveKL(settings.kl_coefficient, settings.target_kl or 1.0, settings.kl_horizon)
-        self.measured: dict[str, float] = {}
 
     def add_roles(self) -> None:
-        s = self.settings
-        self.policy_from_settings()
-        self.base.add_role("reference", frozen_copy_of="policy")
-        if self.reward is None:
-            self.base.add_role("reward", start_from=s.reward, trainable=False)
-            self.base.add_role("value", start_from=s.reward)
+        super().add_roles()
+        if runs := self.settings.reward_runs:
+            self.base.add_role("value", start_from=runs[0])
         else:
             self.policy_from_settings("value", head=True)
 
@@ -86,10 +61,10 @@ class PPO(Method[PPOSettings, Episode]):
     def round(self, rows: Sequence[TreeRow], step: int, retry: Retry) -> Iterator[Sequence[Episode]]:
         """Rollouts once, then `ppo_epochs` passes over them in minibatches, in a new order each time."""
         s = self.settings
-        rollouts = self._roll_out(rows, step, retry)
-        episodes, self.measured = self._judge(rows, rollouts, retry)
+        groups = self.roll_out(rows, step, retry)
+        episodes, self.measured = self._episodes(rows, groups, retry)
         if s.target_kl is not None:
-            self.kl.update(self.measured["objective/kl"], len(rollouts))
+            self.kl.update(self.measured["objective/kl"], len(groups))
         release_unused()
         order = generator_for(torch.device("cpu"), s.seed, step, "minibatches")
         for _ in range(s.ppo_epochs):
@@ -132,94 +107,56 @@ class PPO(Method[PPOSettings, Episode]):
         metrics.mean("val/ratio", policy.ratio, mask)
         return (policy_loss + value_loss).detach()
 
-    def round_metrics(self) -> dict[str, float]:
-        return self.measured
-
-    def _roll_out(self, rows: Sequence[TreeRow], step: int | str, retry: Retry) -> list[Rollout]:
-        s = self.settings
-
-        def draw(size: int) -> list[list[Rollout]]:
-            with self.base.role("policy"):
-                return sample(
-                    self.base,
-                    [row.prompt_ids for row in rows],
-                    end_ids=self.renderer.end_ids,
-                    max_new_tokens=s.max_new_tokens,
-                    generator=generator_for(self.base.device, s.seed, step, "rollouts"),
-                    temperature=s.temperature,
-                    batch_size=size,
-                )
-
-        return [group[0] for group in retry(draw, "rollout_batch_size")]
-
     @torch.no_grad()
-    def _judge(
-        self, rows: Sequence[TreeRow], rollouts: list[Rollout], retry: Retry
+    def _episodes(
+        self, rows: Sequence[TreeRow], groups: list[list[Rollout]], retry: Retry
     ) -> tuple[list[Episode], dict[str, float]]:
         """Old log-probs by the training path, reference, values and scores; from them rewards and advantages."""
-        s = self.settings
-        trees = [TreeRow(r.prompt_ids, [Completion(r.ids, [True] * len(r.ids))]) for r in rollouts]
-        found = retry(lambda size: self._score_all(trees, size), "micro_batch_size")
-        logps, ref_logps, values, mask = (pad_sequence([part[i] for part in found], batch_first=True) for i in range(4))
-        raw = self._function_scores(rows, rollouts) if self.reward else torch.stack([part[4] for part in found])
-        finished = torch.tensor([r.finished for r in rollouts], device=raw.device)
-        scores = penalise_unfinished(raw, finished, s.missing_eos_penalty)
-        coefficient = self.kl.coefficient
-        rewards = per_token_rewards(scores, logps, ref_logps, mask, coefficient)
+        s, trees, coefficient = self.settings, [group_row(group) for group in groups], self.kl.coefficient
+        judged = self.judge(rows, groups, retry)
+        logps, ref_logps, values, mask = self._said(trees, retry)
+        rewards = per_token_rewards(judged.scores, logps, ref_logps, mask, coefficient)
         advantages, returns = gae(rewards.rewards, values, mask, s.gamma, s.gae_lambda)
         advantages = whiten(advantages, mask)
-        kl, lengths = rewards.kl.sum(1), mask.sum(1)
-        measured = {
-            "objective/kl": kl.mean().item(),
-            "objective/scores": raw.mean().item(),
+        columns, lengths = (logps, values, advantages, returns), mask.sum(1)
+        episodes = [Episode(tree, *(column[i, : lengths[i]] for column in columns)) for i, tree in enumerate(trees)]
+        kl = rewards.kl.sum(1)
+        return episodes, self.measure(judged, kl) | {
             "objective/rlhf_reward": rewards.rewards.sum(1).mean().item(),
             "objective/non_score_reward": -coefficient * kl.mean().item(),
             "objective/entropy": -logps.sum(1).mean().item(),
             "objective/kl_coefficient": coefficient,
-            "completions/mean_length": lengths.float().mean().item(),
-            "completions/finished": finished.float().mean().item(),
         }
-        columns = (logps, values, advantages, returns)
-        episodes = [Episode(tree, *(column[i, : lengths[i]] for column in columns)) for i, tree in enumerate(trees)]
-        return episodes, measured
 
-    def _score_all(self, trees: list[TreeRow], size: int) -> list[tuple[Tensor, ...]]:
-        """Per rollout: log-probs, reference log-probs, values, mask (T,), and the reward model's shifted score ()."""
-        found: list[tuple[Tensor, ...]] = []
-        temperature = self.settings.temperature
-        for start in range(0, len(trees), size):
-            batch = self.base.collate(trees[start : start + size])
-            with self.base.role("policy"):
-                logps = self.base.token_scores(batch, temperature=temperature).per_token_logps
-            with self.base.role("reference"):
-                ref_logps = self.base.token_scores(batch, temperature=temperature).per_token_logps
-            with self.base.role("value"):
-                values = self.base.values(batch)
-            scores = torch.zeros(len(logps), device=logps.device)
-            if self.reward is None:
-                with self.base.role("reward"):
-                    scores = self.base.scores(batch, shifted=True)
-            for i, length in enumerate(batch.num_tokens.tolist()):
-                tokens = [column[i, :length] for column in (logps, ref_logps, values, batch.token_mask)]
-                found.append((*tokens, scores[i]))
-            self.base.turns.give_way()
-        return found
+    def _said(self, trees: list[TreeRow], retry: Retry) -> list[Tensor]:
+        """Log-probs, reference log-probs, values and mask of the rollouts, (N, T) each."""
 
-    def _function_scores(self, rows: Sequence[TreeRow], rollouts: list[Rollout]) -> Tensor:
-        assert self.reward is not None
-        texts = [self.renderer.decode(r.ids) for r in rollouts]
-        return torch.tensor(self.reward([row.prompt_text for row in rows], texts), device=self.base.device)
+        def score(size: int) -> list[tuple[Tensor, ...]]:
+            found: list[tuple[Tensor, ...]] = []
+            for start in range(0, len(trees), size):
+                batch = self.base.collate(trees[start : start + size])
+                with self.base.role("policy"):
+                    logps = self.base.token_scores(batch, temperature=self.settings.temperature).per_token_logps
+                with self.base.role("reference"):
+                    ref_logps = self.base.token_scores(batch, temperature=self.settings.temperature).per_token_logps
+                with self.base.role("value"):
+                    values = self.base.values(batch)
+                columns = (logps, ref_logps, values, batch.token_mask)
+                found += [tuple(c[i, :length] for c in columns) for i, length in enumerate(batch.num_tokens.tolist())]
+                self.base.turns.give_way()
+            return found
+
+        found = retry(score, "micro_batch_size")
+        return [pad_sequence([part[i] for part in found], batch_first=True) for i in range(4)]
 
     def _minibatches(self, rows: int) -> int:
         return min(self.settings.minibatches, rows)
 
     # ---- evaluation
 
-    monitor = ("objective/scores", max)
-
     def evaluate(self, rows: Sequence[TreeRow], retry: Retry) -> dict[str, float]:
         """Score and KL of rollouts on held-out prompts."""
-        return self._judge(rows, self._roll_out(rows, "evaluation", retry), retry)[1]
+        return self._episodes(rows, self.roll_out(rows, "evaluation", retry), retry)[1]
 
     # ---- before and after
 
@@ -229,26 +166,9 @@ class PPO(Method[PPOSettings, Episode]):
     def load_state(self, state: dict[str, Any]) -> None:
         self.kl.load_state_dict(state["kl"])
 
-    def check_start(self, rows: Sequence[TreeRow]) -> None:
-        end = self.renderer.end_ids[:1]
-        assert_policy_is_reference(self.base, [TreeRow(row.prompt_ids, [Completion(end, [True])]) for row in rows[:2]])
-
-    def preflight(self, rows: Sequence[TreeRow]) -> None:
-        """As if each of these prompts had got the longest answer."""
-        answer = Completion(
-            self.renderer.end_ids[:1] * self.settings.max_new_tokens, [True] * self.settings.max_new_tokens
-        )
+    def preflight_items(self, trees: list[TreeRow]) -> list[Episode]:
         zeros = torch.zeros(self.settings.max_new_tokens, device=self.base.device)
-        trees = [TreeRow(row.prompt_ids, [answer]) for row in rows]
-        episodes = [Episode(tree, zeros, zeros, zeros, zeros) for tree in trees]
-        self.step(episodes, self.weight(episodes), Metrics())
-
-    def preflight_rollouts(self, rows: Sequence[TreeRow], retry: Retry) -> None:
-        prompts = [row.prompt_ids for row in longest_rows(rows, self.settings.batch_size)]
-        with self.base.role("policy"):
-            retry(
-                lambda size: fill_cache(self.base, prompts[:size], self.settings.max_new_tokens), "rollout_batch_size"
-            )
+        return [Episode(tree, zeros, zeros, zeros, zeros) for tree in trees]
 
     def save(self, run: RunFolder) -> str:
         """`adapter/` is the policy, `value/` the critic with its head."""

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lowrank_align.config import TrainSettings
+from lowrank_align.config import METHODS, OnlineSettings, TrainSettings
 
-TRAINING = ("sft", "reward", "dpo", "ppo", "grpo")
-ROLLING = ("ppo", "grpo", "chat")  # these sample answers
-SCORING = ("sft", "dpo", "ppo", "grpo")  # these put completion tokens through the head
+TRAINING = frozenset(METHODS)
+ROLLING = frozenset(name for name, kind in METHODS.items() if issubclass(kind, OnlineSettings)) | {"chat"}
+SCORING = frozenset(name for name, kind in METHODS.items() if kind.speaks)  # their completion tokens meet the head
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,9 @@ def work_of(
     layout: Literal["tree", "flat"] = "tree",
 ) -> Workload:
     """What a run with these settings has in memory, the longest row having so many tokens."""
-    reward = getattr(settings, "reward", None)
-    is_ppo, judged = settings.method == "ppo", reward is not None and ":" not in reward
-    has_reference = settings.method in ("dpo", "ppo", "grpo") and settings.adapter is not None
-    trained = 2 if is_ppo else 1
+    judges = len(settings.reward_runs) if isinstance(settings, OnlineSettings) else 0
+    has_reference = settings.has_reference and settings.adapter is not None
+    trained = settings.trained_adapters
     return Workload(
         method=settings.method,
         quantize=settings.quantize,
@@ -84,7 +83,7 @@ def work_of(
         rollout_batch_size=min(getattr(settings, "rollout_batch_size", 1), settings.batch_size),
         gradient_checkpointing=settings.gradient_checkpointing,
         optimizer=settings.optimizer,
-        adapters=trained + has_reference + judged,
+        adapters=trained + has_reference + judges,
         trained_adapters=trained,
         layout=layout,
     )

@@ -79,6 +79,11 @@ _FIRST: Migration = (
 
 MIGRATIONS: list[Migration] = [_FIRST]
 
+# One statement sees one state: read one by one, they would show half of what another process makes meanwhile.
+FACTS = """
+    SELECT application_id, user_version, (SELECT count(*) FROM sqlite_schema)
+    FROM pragma_application_id, pragma_user_version"""
+
 
 def prepare(connection: sqlite3.Connection, path: Path, migrations: Sequence[Migration] | None = None) -> None:
     """Make a new file a store, or bring an old one to the newest schema; UserError where it is neither.
@@ -109,9 +114,7 @@ def prepare(connection: sqlite3.Connection, path: Path, migrations: Sequence[Mig
 
 def _version(connection: sqlite3.Connection, path: Path, newest: int) -> int:
     """The file's schema, 0 for an empty file."""
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    application, version, tables = connection.execute(FACTS).fetchone()
     if application != APPLICATION_ID and (application or version or tables):
         raise UserError(f"{path}: not a store but another program's database; name another file with --store")
     if version > newest:

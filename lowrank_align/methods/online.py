@@ -1,0 +1,181 @@
+"""What the methods that sample answers share: prompts in, rollouts, what they are worth, figures about a round."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lowrank_align.base import Base
+from lowrank_align.config import OnlineSettings
+from lowrank_align.data.chat import Rendered, Renderer
+from lowrank_align.data.formats import Row, Shape
+from lowrank_align.methods.method import Item, Method, Metrics, Retry, assert_policy_is_reference
+from lowrank_align.objectives.rollout import penalise_unfinished
+from lowrank_align.rewards import Rewards
+from lowrank_align.rollout import Rollout, fill_cache, generator_for, sample
+from lowrank_align.trees import Completion, TreeRow, longest_rows
+
+OnlineSettingsT = TypeVar("OnlineSettingsT", bound=OnlineSettings)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What N rollouts are worth; all (N,), without gradient."""
+
+    scores: Tensor  # what is optimised: the weighted rewards less the penalties
+    raw: Tensor  # the weighted rewards alone
+    finished: Tensor  # bool
+    lengths: Tensor  # tokens
+
+
+class OnlineMethod(Method[OnlineSettingsT, Item]):
+    """A method on prompts: it samples answers from the policy, has them scored, and learns from that."""
+
+    # ---- data
+
+    shapes = frozenset({Shape.prompts})
+
+    @staticmethod
+    def render(row: Row, renderer: Renderer, settings: OnlineSettings) -> Rendered:
+        ids = renderer.prompt_ids(row)
+        if len(ids) + settings.max_new_tokens > settings.max_length:
+            return Rendered(None, f"prompt of {len(ids)} tokens leaves no room for {settings.max_new_tokens} new ones")
+        # what a reward function sees: the prompt as the row has it; of a conversation, what was said last
+        text = row.prompt if isinstance(row.prompt, str) else str(row.prompt[-1]["content"])
+        return Rendered(TreeRow(ids, [], index=row.index, prompt_text=text))
+
+    # ---- roles
+
+    group_size = 1  # answers a prompt
+
+    def __init__(self, base: Base, settings: OnlineSettingsT, renderer: Renderer) -> None:
+        super().__init__(base, settings, renderer)
+        self.rewards = Rewards(base, settings.reward, settings.reward_weights)
+        self.measured: dict[str, float] = {}
+
+    def add_roles(self) -> None:
+        self.policy_from_settings()
+        if self.settings.has_reference:
+            self.base.add_role("reference", frozen_copy_of="policy")
+        self.rewards.add_roles()
+
+    # ---- a round
+
+    def roll_out(self, rows: Sequence[TreeRow], step: int | str, retry: Retry) -> list[list[Rollout]]:
+        """`group_size` answers of the policy to each row's prompt, drawn by the step's own generator."""
+        s = self.settings
+
+        def draw(size: int) -> list[list[Rollout]]:
+            with self.base.role("policy"):
+                return sample(
+                    self.base,
+                    [row.prompt_ids for row in rows],
+                    end_ids=self.renderer.end_ids,
+                    max_new_tokens=s.max_new_tokens,
+                    generator=generator_for(self.base.device, s.seed, step, "rollouts"),
+                    temperature=s.temperature,
+                    completions_per_prompt=self.group_size,
+                    batch_size=size,
+                )
+
+        return retry(draw, "rollout_batch_size")  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def judge(self, rows: Sequence[TreeRow], groups: Sequence[Sequence[Rollout]], retry: Retry) -> Judged:
+        """The scores of all rollouts, group after group."""
+        s, device = self.settings, self.base.device
+        flat = [rollout for group in groups for rollout in group]
+        parts: dict[str, Tensor] = retry(
+            lambda size: self.rewards.of_trees([group_row(group) for group in groups], size), "micro_batch_size"
+        )
+        if self.rewards.functions:
+            prompts = [row.prompt_text for row, group in zip(rows, groups, strict=True) for _ in group]
+            parts = parts | self.rewards.of_texts(prompts, [self.renderer.decode(r.ids) for r in flat])
+        raw = self.rewards.total(parts)
+        finished = torch.tensor([r.finished for r in flat], device=device)
+        lengths = torch.tensor([len(r.ids) for r in flat], device=device)
+        scores = penalise_unfinished(raw, finished, s.missing_eos_penalty) - s.length_penalty * lengths
+        self.measured = {f"rewards/{name}": part.mean().item() for name, part in parts.items() if len(parts) > 1}
+        return Judged(scores, raw, finished, lengths)
+
+    @torch.no_grad()
+    def logps_of(self, role: str, trees: Sequence[TreeRow], retry: Retry) -> Tensor:
+        """(N, C) log-probabilities of all completions under a role, by the training path; 0 on padding."""
+
+        def score(size: int) -> list[Tensor]:
+            found: list[Tensor] = []
+            for start in range(0, len(trees), size):
+                batch = self.base.collate(list(trees[start : start + size]))
+                with self.base.role(role):
+                    logps = self.base.token_scores(batch, temperature=self.settings.temperature).per_token_logps
+                found += [row[:length] for row, length in zip(logps, batch.num_tokens.tolist(), strict=True)]
+                self.base.turns.give_way()
+            return found
+
+        return pad_sequence(retry(score, "micro_batch_size"), batch_first=True)
+
+    def measure(self, judged: Judged, kl: Tensor) -> dict[str, float]:
+        """TRL's figures about a round; `kl` (N,) in nats an answer, estimated on the rollouts."""
+        return self.measured | {
+            "objective/kl": kl.mean().item(),
+            "objective/scores": judged.raw.mean().item(),
+            "completions/mean_length": judged.lengths.float().mean().item(),
+            "completions/finished": judged.finished.float().mean().item(),
+        }
+
+    def round_metrics(self) -> dict[str, float]:
+        return self.measured
+
+    # ---- evaluation
+
+    monitor = ("objective/scores", max)
+
+    def evaluate(self, rows: Sequence[TreeRow], retry: Retry) -> dict[str, float]:
+        """Score and KL of rollouts on held-out prompts."""
+        kept = self.measured
+        groups = self.roll_out(rows, "evaluation", retry)
+        judged, trees = self.judge(rows, groups, retry), [group_row(group) for group in groups]
+        kl = torch.zeros(1)
+        if "reference" in self.base.roles:
+            kl = (self.logps_of("policy", trees, retry) - self.logps_of("reference", trees, retry)).sum(1)
+        found = self.measure(judged, kl)
+        self.measured = kept
+        return found
+
+    # ---- before and after
+
+    def check_start(self, rows: Sequence[TreeRow]) -> None:
+        if "reference" in self.base.roles:
+            end = Completion(self.renderer.end_ids[:1], [True])
+            assert_policy_is_reference(self.base, [TreeRow(row.prompt_ids, [end]) for row in rows[:2]])
+
+    def longest_answers(self, rows: Sequence[TreeRow]) -> list[TreeRow]:
+        """These prompts as if each had got a group of the longest answers."""
+        length = self.settings.max_new_tokens
+        answer = Completion(self.renderer.end_ids[:1] * length, [True] * length)
+        return [TreeRow(row.prompt_ids, [answer] * self.group_size) for row in rows]
+
+    def preflight(self, rows: Sequence[TreeRow]) -> None:
+        items = self.preflight_items(self.longest_answers(rows))
+        self.step(items, self.weight(items), Metrics())
+
+    def preflight_items(self, trees: list[TreeRow]) -> Sequence[Item]:
+        """Items of a round that these rollouts would have given, figures of no meaning in them."""
+        raise NotImplementedError
+
+    def preflight_rollouts(self, rows: Sequence[TreeRow], retry: Retry) -> None:
+        prompts = [
+            row.prompt_ids for row in longest_rows(rows, self.settings.batch_size) for _ in range(self.group_size)
+        ]
+        with self.base.role("policy"):
+            retry(
+                lambda size: fill_cache(self.base, prompts[:size], self.settings.max_new_tokens), "rollout_batch_size"
+            )
+
+
+def group_row(group: Sequence[Rollout]) -> TreeRow:
+    """A prompt's rollouts as one tree row: the prompt is computed once for all of them."""
+    return TreeRow(group[0].prompt_ids, [Completion(r.ids, [True] * len(r.ids)) for r in group])
