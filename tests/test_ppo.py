@@ -172,7 +172,7 @@ def test_a_step_by_hand(
     deviation = math.sqrt(sum((a - mean) ** 2 for a in advantages) / (len(advantages) - 1))
     whitened = [(a - mean) / deviation for a in advantages]
 
-    order = {tuple(rollout.ids): i for i, rollout in enumerate(seen["rollouts"])}
+    order = {tuple(rollout.ids): i for i, rollout in enumerate(rollouts)}
     place = [order[tuple(episode.row.completions[0].ids)] for episode in episodes]
     episodes = [episode for _, episode in sorted(zip(place, episodes, strict=True), key=lambda pair: pair[0])]
     assert torch.cat([e.advantages for e in episodes]).tolist() == pytest.approx(whitened, abs=1e-4)

@@ -51,7 +51,7 @@ def test_ppo_counts_the_answers_that_it_will_make(tiny_base: Any) -> None:
     work = preflight.plan_run(settings, [TreeRow([1] * 5, [])], tiny_base).asked
     assert (work.prompt_tokens, work.completion_tokens, work.max_new_tokens) == (5, 7, 7)
     assert (work.adapters, work.trained_adapters, work.rollout_batch_size) == (2, 2, 4)
-    judged = settings.model_copy(update={"reward": "runs/reward"})
+    judged = settings.model_copy(update={"reward": ["runs/reward"]})
     assert preflight.plan_run(judged, [TreeRow([1] * 5, [])], tiny_base).asked.adapters == 3
 
 
@@ -249,7 +249,7 @@ def test_out_of_memory_is_known_before_the_first_step(run: Run, monkeypatch: Mon
 
 def test_rollouts_are_tried_with_the_longest_prompts(run: Run, monkeypatch: MonkeyPatch) -> None:
     """Prompts of 7, 8 and 9 characters and a BOS, two rollouts at once: the two longest, answers of 5 tokens."""
-    module = import_module("lowrank_align.methods.ppo")
+    module = import_module("lowrank_align.methods.online")
     asked: list[Any] = []
 
     def noted(base: Any, prompts: list[list[int]], new_tokens: int) -> None:
