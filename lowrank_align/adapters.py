@@ -26,6 +26,8 @@ from lowrank_align.skeleton import linear_layers
 
 Kind = Literal["policy", "reward"]
 WEIGHTS, CONFIG, REWARD = "adapter_model.safetensors", "adapter_config.json", "reward.json"
+PROMPTING = "prompting.json"
+LONGEST_PREFIX = 2000  # characters
 PREFIX = "base_model.model."
 HEAD = "score.weight"
 # PiSSA, OLoRA, LoftQ and their like rewrite the base's weights when they are put on it.
@@ -105,6 +107,32 @@ def check_targets(targets: list[str], config: Any) -> None:
 def weights_sha256(start_from: str | Path) -> str:
     """The hash of an adapter's file, for `provenance.json`."""
     return folder_sha256([locate(start_from) / WEIGHTS])
+
+
+def answer_prefix(start_from: str | Path | None) -> str:
+    """The text that a run's method trained with before every answer, "" where there is none.
+
+    It belongs before every answer that is asked for: `Renderer.with_prefix`. UserError where its file is damaged.
+    """
+    if start_from is None:
+        return ""
+    file = run_of(locate(start_from)) / PROMPTING
+    if not file.is_file():
+        return ""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        prefix = found["answer_prefix"]
+        prefix.encode()  # half a surrogate pair, which JSON can hold and tokenizers refuse
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
+        raise UserError(f"{file}: holds no text under answer_prefix; restore it from the run") from None
+    if not isinstance(prefix, str) or len(prefix) > LONGEST_PREFIX:
+        raise UserError(f"{file}: answer_prefix: not a text of at most {LONGEST_PREFIX} characters")
+    return prefix
+
+
+def write_prompting(run: Path, answer_prefix: str) -> None:
+    """Write down beside the adapter what has to stand before every answer."""
+    write_atomic(run / PROMPTING, json.dumps({"answer_prefix": answer_prefix}, ensure_ascii=False) + "\n")
 
 
 def size_of(start_from: str | Path) -> tuple[int, list[str] | None]:

@@ -9,23 +9,27 @@ Messages. The chat template writes the whole conversation, which is tokenised on
 each with the token that ends it, never the whitespace after that. See `template` for how they are found. Control tokens
 within a message are ordinary text; in text rows they are what they say.
 
+Answer prefix. A text that a method trained with before the answer: encoded apart from what stands around it, so that
+its ids are the same in training and in generation. It is never trained itself; control tokens in it are ordinary text.
+
 Too long. Completions are cut at `max_length` and then have no end token. A row is dropped if its prompt leaves no room,
 or if what was cut made its answers equal or left nothing to train.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from lowrank_align.data.assembly import became_equal, behind, common_prefix, comparisons_of, trimmed
 from lowrank_align.data.bad_rows import BadRows
 from lowrank_align.data.encoder import Encoder
-from lowrank_align.data.formats import Message, Row, Shape
+from lowrank_align.data.formats import Message, Row
 from lowrank_align.data.template import PLAIN_TEMPLATE, ChatTemplate
 from lowrank_align.errors import UserError
-from lowrank_align.trees import Comparison, Completion, TreeRow
+from lowrank_align.trees import Completion, TreeRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,37 +130,63 @@ class Renderer:
         pads = [tokenizer.pad_token_id, tokenizer.unk_token_id, self._end_of_text]
         self.pad_id: int = next(i for i in pads if i is not None)  # masked wherever it stands
         self.template_source = self._template.source  # "the model's own", "named by the user" or "plain"
+        self.answer_prefix = ""  # what stands before every answer, see `with_prefix`
+        self.prefix_ids: list[int] = []
         self.turn_end_id = self._template.turn_end_id  # the token that ends a turn, None where the template has none
 
-    def tree_row(self, row: Row) -> Rendered:
-        """The row's prompt, completions and comparisons, cut to `max_length`; its own errors name `row.where`."""
+    def with_prefix(self, answer_prefix: str) -> "Renderer":
+        """This renderer for a voice that answers behind `answer_prefix`: a copy, everything else shared.
+
+        UserError where the text has a control token that the tokenizer cannot write as text.
+        """
+        renderer = copy(self)
+        renderer.answer_prefix = answer_prefix
+        renderer.prefix_ids = self._encoder.middle(answer_prefix, control_as_text=True)
+        return renderer
+
+    def tree_row(self, row: Row, prefixes: Sequence[str] | None = None) -> Rendered:
+        """The row's prompt, completions and comparisons, cut to `max_length`; its own errors name `row.where`.
+
+        `prefixes`: the text before each completion; without them, `answer_prefix` before all. It stands before the
+        first trained token and counts towards `max_length`.
+        """
         if not row.completions:
             raise ValueError(f"{row.where}: a row without completions has nothing to train on")
+        if prefixes is None:
+            before = [self.prefix_ids] * len(row.completions)
+        else:
+            before = [self._encoder.middle(text, control_as_text=True) for text in prefixes]
         try:
-            prompt_length, whole, notes = self._chat(row) if _is_chat(row) else self._text(row)
+            prompt_length, whole, notes = self._chat(row) if _is_chat(row) else self._text(row, apart=any(before))
         except UserError as error:
             raise UserError(f"{row.where}: {_field(row)}: {error}") from None
         if not row.finished:
             whole = [self._without_end(completion) for completion in whole]
-        room = self.max_length - prompt_length
+        rooms = [self.max_length - prompt_length - len(ids) for ids in before]
         if not all(any(completion.mask) for completion in whole):
             return Rendered(None, NOTHING_TRAINED, notes=notes)
-        if room <= 0:
+        if min(rooms) <= 0:
             return Rendered(None, NO_ROOM, notes=notes)
         prompt_ids = whole[0].ids[:prompt_length]
-        completions = [_trimmed(c.ids[prompt_length:][:room], c.mask[prompt_length:][:room]) for c in whole]
-        cut = tuple(max(len(c.ids) - self.max_length, 0) for c in whole)
-        comparisons = _comparisons(row)
+        places = [slice(prompt_length, prompt_length + room) for room in rooms]
+        completions = [trimmed(c.ids[place], c.mask[place]) for c, place in zip(whole, places, strict=True)]
+        cut = tuple(max(len(c.ids) - place.stop, 0) for c, place in zip(whole, places, strict=True))
+        comparisons = comparisons_of(row)
         if not all(completion.ids for completion in completions):
             return Rendered(None, NOTHING_TRAINED, notes=notes)
-        if any(c.preference != 0.5 and completions[c.first] == completions[c.second] for c in comparisons) or (
-            row.shape is Shape.pair and completions[0] == completions[1]
-        ):
+        if became_equal(row, completions, comparisons):
             return Rendered(None, BECAME_EQUAL, notes=notes)
+        completions = [behind(ids, completion) for ids, completion in zip(before, completions, strict=True)]
         return Rendered(TreeRow(prompt_ids, completions, comparisons, row.index), None, cut, notes)
 
     def prompt_ids(self, row: Row) -> list[int]:
-        """What the model gets when it has to answer: at least one token; a chat with the generation prompt."""
+        """What the model gets when it has to answer: at least one token; a chat with the generation prompt.
+
+        The answer prefix stands at its end.
+        """
+        return [*self._prompt_ids(row), *self.prefix_ids]
+
+    def _prompt_ids(self, row: Row) -> list[int]:
         if not _is_chat(row):
             if row.prompt:
                 return self._encoder.prompt(str(row.prompt)) or [self._context_id]
@@ -195,14 +225,21 @@ class Renderer:
         """What stands before a completion whose prompt has no token."""
         return self._encoder.bos_id if self._encoder.bos_id is not None else self._end_of_text
 
-    def _text(self, row: Row) -> tuple[int, list[Completion], tuple[str, ...]]:
-        """Prompt length in tokens, and each completion behind the prompt, of a row of text."""
+    def _text(self, row: Row, *, apart: bool = False) -> tuple[int, list[Completion], tuple[str, ...]]:
+        """Prompt length in tokens, and each completion behind the prompt, of a row of text.
+
+        `apart`: something will stand between the two, so that no token may hold a part of both.
+        """
         prompt = str(row.prompt)
         notes: tuple[str, ...] = ()
         whole = [self._encoder.text(prompt + str(completion)) for completion in row.completions]
-        if row.prompt:
+        if row.prompt and apart:
             alone = self._encoder.prompt(prompt)
-            shared = _common_prefix([alone, *whole])
+            shared = len(alone)
+            whole = [[*alone, *self._encoder.middle(str(c), control_as_text=False)] for c in row.completions]
+        elif row.prompt:
+            alone = self._encoder.prompt(prompt)
+            shared = common_prefix([alone, *whole])
             if 0 < shared < len(alone):
                 notes = ("the prompt's last token merges with the completion's first",)
         else:
@@ -224,7 +261,7 @@ class Renderer:
                 notes["control tokens within messages are taken as text"] = None
             whole.append(self._conversation(conversation, row, notes))
         first_trained = [completion.mask.index(True) for completion in whole if any(completion.mask)]
-        shared = min([_common_prefix([completion.ids for completion in whole]), *first_trained])
+        shared = min([common_prefix([completion.ids for completion in whole]), *first_trained])
         if not shared:
             whole = [Completion([self._context_id, *c.ids], [False, *c.mask]) for c in whole]
             shared = 1
@@ -239,7 +276,7 @@ class Renderer:
         trained = [span for i, span in turns.spans.items() if self.train_on == "all" or i == last]
         masks = [encoded.covering(*span) for span in trained]
         mask = [any(marks) for marks in zip(*masks, strict=True)] if masks else [False] * len(encoded.ids)
-        completion = _trimmed(encoded.ids, mask)
+        completion = trimmed(encoded.ids, mask)
         ends = {*self._encoder.added.values(), *self.end_ids}
         if completion.ids and last in turns.spans and completion.ids[-1] not in ends:
             return Completion([*completion.ids, self._end_of_text], [*completion.mask, True])
@@ -257,25 +294,3 @@ def _messages(text: str | list[Message]) -> list[Message]:
 def _field(row: Row) -> str:
     """The field to name when a whole row is refused."""
     return "prompt" if row.prompt else "messages"
-
-
-def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens all sequences begin with."""
-    return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*sequences, strict=False)))
-
-
-def _trimmed(ids: list[int], mask: list[bool]) -> Completion:
-    """Without what follows the last trained token: it predicts nothing, and a score is read where the answer ends."""
-    length = max((i + 1 for i, counts in enumerate(mask) if counts), default=0)
-    return Completion(ids[:length], mask[:length])
-
-
-def _comparisons(row: Row) -> tuple[Comparison, ...]:
-    """A pair is one comparison; a ranking of K all K(K-1)/2, the better (lower) rank first, equal ranks a tie."""
-    if row.shape is Shape.pair:
-        return (Comparison(0, 1, row.preference, row.target_margin),)
-    if row.ranks is None:
-        return ()
-    ranks = row.ranks
-    pairs = [(i, j) if ranks[i] <= ranks[j] else (j, i) for j in range(len(ranks)) for i in range(j)]
-    return tuple(Comparison(i, j, 0.5 if ranks[i] == ranks[j] else 1.0) for i, j in sorted(pairs))

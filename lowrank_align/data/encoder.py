@@ -69,6 +69,13 @@ class Encoder:
             ids, spans = [self.bos_id or 0, *ids], [(0, 0), *spans]
         return Encoded(ids, spans)
 
+    def middle(self, text: str, *, control_as_text: bool) -> list[int]:
+        """A text that stands in the middle of another; UserError for a control token that cannot be written as text."""
+        if not control_as_text:
+            return self._piece(text, False).ids if text else []
+        pieces = self._pieces(self._protect(text))
+        return [i for _, piece, is_plain in pieces for i in self._piece(piece, is_plain).ids]
+
     def protect(self, messages: Sequence[Message]) -> list[Message]:
         """The messages with every control token in a content marked as text."""
         return [{**message, "content": self._protect(message["content"])} for message in messages]  # type: ignore[typeddict-item]
