@@ -29,7 +29,7 @@ from lowrank_align.errors import (
 
 SHORT_FLAGS = {"completions": "-n", "rows": "-n"}
 OTHER_NAMES = {"as_json": "json"}  # pydantic's models have a method of that name
-POSITIONAL = {"presets": "name", "data import": "file", "data export": "kind"}
+POSITIONAL = {"presets": "name", "data import": "file", "data export": "kind", "data convert": "file"}
 COMMANDS = ("demo", *METHODS, *OTHER_COMMANDS, "data", "runs")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # the words of torch on GPUs and on CPUs
 

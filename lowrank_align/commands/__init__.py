@@ -23,6 +23,7 @@ FILES = {
     "data import": "data",
     "data export": "data",
     "data stats": "data",
+    "data convert": "data",
 }
 
 

@@ -1,13 +1,18 @@
 """`lowrank-align data`: rows into the store, rows out of it, and what it says of itself."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from lowrank_align.checkpoint import write_atomic
-from lowrank_align.config import DataExportSettings, DataImportSettings, DataStatsSettings
+from lowrank_align.config import DataConvertSettings, DataExportSettings, DataImportSettings, DataStatsSettings
+from lowrank_align.data.conversion import convert
+from lowrank_align.data.formats import Shape
+from lowrank_align.data.load import load_rows
 from lowrank_align.data.stored import Imported, export_rows, import_rows
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.ratings import WinRate
@@ -28,24 +33,57 @@ def data_import(settings: DataImportSettings) -> None:
 
 def data_export(settings: DataExportSettings) -> None:
     """Write one kind of row."""
-    out = Path(settings.out).expanduser()
-    if out.is_dir():
-        raise UserError(f"{out}: is a folder; name a .jsonl file with --out")
-    if out.exists() and not settings.overwrite:
-        raise UserError(f"{out}: exists; --overwrite replaces it")
+    out = _free(settings.out, settings.overwrite)
     with Store(settings.store, create=False) as store:
         filters = {} if settings.annotator is None else {"annotator": settings.annotator}
         export = export_rows(store, settings.kind, **filters)
-    left_out = [f"{count} left out: {reason}" for reason, count in export.left_out.items()]
-    if not export.lines:
-        raise UserError("; ".join([f"{settings.store}: nothing to write as {settings.kind}", *left_out]))
+    _write(settings.store, settings.kind, out, export.lines, export.left_out)
+
+
+def data_convert(settings: DataConvertSettings) -> None:
+    """Write the rows of a file in another shape."""
+    out = _free(settings.out, settings.overwrite)
+    aside = Path(f"{Path(settings.file).name}.bad.jsonl") if settings.skip_bad else None
+    loaded = load_rows(settings.file, expect=frozenset(Shape), skip_bad=aside)
+    done = convert(
+        loaded.rows,
+        settings.to,
+        source=settings.file,
+        pairing=settings.pairing,
+        threshold=settings.threshold,
+        min_difference=settings.min_difference,
+        keep_ties=settings.ties == "keep",
+    )
+    for name, count in loaded.conversions.items():
+        print(f"{settings.file}: {count} rows read as {name}")
+    shape = loaded.rows[0].shape
+    print(f"{settings.file}: {_many(len(loaded.rows), f'{shape} row')}, {_many(done.groups, 'group')} of answers")
+    if loaded.skipped:
+        print(f"{settings.file}: {loaded.skipped} bad, set aside in {aside}")
+    _write(settings.file, settings.to, out, done.lines, {reason: n for reason, n in done.left_out.items() if n})
+
+
+def _free(name: str, overwrite: bool) -> Path:
+    """The file to write, which may be written."""
+    out = Path(name).expanduser()
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; name a .jsonl file with --out")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out}: exists; --overwrite replaces it")
+    return out
+
+
+def _write(source: str, kind: str, out: Path, lines: Sequence[Mapping[str, Any]], left_out: Mapping[str, int]) -> None:
+    told = [f"{count} left out: {reason}" for reason, count in left_out.items()]
+    if not lines:
+        raise UserError("; ".join([f"{source}: nothing to write as {kind}", *told]))
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvironmentProblem(f"{out}: cannot be written: {error.strerror or error}") from None
-    write_atomic(out, "".join(to_json(line) + "\n" for line in export.lines))
-    print(f"{settings.out}: {_many(len(export.lines), 'line')}")
-    for line in left_out:
+    write_atomic(out, "".join(to_json(line) + "\n" for line in lines))
+    print(f"{out}: {_many(len(lines), 'line')}")
+    for line in told:
         print(f"  {line}")
 
 

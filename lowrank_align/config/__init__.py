@@ -20,7 +20,13 @@ from lowrank_align.config.commands import (
     ShowSettings,
     StudioSettings,
 )
-from lowrank_align.config.data import DATA_COMMANDS, DataExportSettings, DataImportSettings, DataStatsSettings
+from lowrank_align.config.data import (
+    DATA_COMMANDS,
+    DataConvertSettings,
+    DataExportSettings,
+    DataImportSettings,
+    DataStatsSettings,
+)
 from lowrank_align.config.knobs import ModelSettings, Settings
 from lowrank_align.config.methods import METHODS
 from lowrank_align.config.offline import (
@@ -54,6 +60,7 @@ __all__ = [
     "ConditionSettings",
     "DATA_COMMANDS",
     "DPOSettings",
+    "DataConvertSettings",
     "DataExportSettings",
     "DataImportSettings",
     "DataStatsSettings",

@@ -33,6 +33,9 @@ _TEMPLATE_OWN = {
     "add_generation_prompt",
     "continue_final_message",
 }
+# What a row is read from.
+_READ = {"prompt", "completion", "messages", "text", "chosen", "rejected", "preference", "margin", "completions"}
+_READ |= {"ranks", "label", "score", "finished", "tools", "chat_template_kwargs"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Row:
     index: int = 0  # 0-based place in the file
     where: str = ""  # "pairs.jsonl:17"
     read_as: str = ""  # "ShareGPT", "Alpaca" or "HH" where the row was converted
+    extra: dict[str, Any] = field(default_factory=dict, compare=False)  # columns that no shape reads: source, tags, ...
 
 
 def parse_row(raw: Any, where: str, index: int, *, expect: Collection[Shape] = ()) -> Row:
@@ -87,7 +91,8 @@ def _parse_columns(columns: Columns, expect: frozenset[Shape]) -> Row:
         if not row.prompt:
             raise FieldError("prompt", f"missing (fields: {fields.listed()})")
         row = Row(Shape.prompts, row.prompt, [])
-    return replace(row, template_kwargs=_template_kwargs(fields.values), read_as=columns.read_as)
+    extra = {name: value for name, value in fields.values.items() if name not in _READ}
+    return replace(row, template_kwargs=_template_kwargs(fields.values), read_as=columns.read_as, extra=extra)
 
 
 def _parse_demonstration(fields: Fields) -> Row:
