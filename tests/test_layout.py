@@ -28,6 +28,7 @@ LAYERS: dict[str, list[str]] = {
     "the base and its rows": [
         "data",
         "tiny",
+        "annotators",
         "loading",
         "skeleton",
         "adapters",
