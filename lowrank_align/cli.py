@@ -27,10 +27,9 @@ from lowrank_align.errors import (
     nearest,
 )
 
-SHORT_FLAGS = {"completions": "-n", "rows": "-n"}
+SHORT_FLAGS = {"completions": "-n", "rows": "-n", "group_size": "-G"}
 OTHER_NAMES = {"as_json": "json"}  # pydantic's models have a method of that name
 POSITIONAL = {"presets": "name", "data import": "file", "data export": "kind", "data convert": "file"}
-COMMANDS = ("demo", *METHODS, *OTHER_COMMANDS, "data", "runs")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # the words of torch on GPUs and on CPUs
 
 
@@ -38,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code (see `errors.py`). A user's mistake is one line on stderr."""
     _print_anything()
     parser, words = make_parser(), sys.argv[1:] if argv is None else list(argv)
-    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
-        parser.error(f"{words[0]}: no such command{nearest(words[0], COMMANDS)} (there are: {', '.join(COMMANDS)})")
+    known = command_names()
+    if words and not words[0].startswith("-") and words[0] not in known:
+        parser.error(f"{words[0]}: no such command{nearest(words[0], known)} (there are: {', '.join(known)})")
     arguments = vars(parser.parse_args(words))
     command = arguments.pop("command")
     if command is None:
@@ -67,6 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print("error: out of memory; take a smaller model, --batch-size, --max-length or --rank", file=sys.stderr)
         return EXIT_ENVIRONMENT
+
+
+def command_names() -> tuple[str, ...]:
+    """Every command, methods that were added by `methods.register` among them."""
+    return ("demo", *METHODS, *OTHER_COMMANDS, "data", "runs")
 
 
 class Parser(argparse.ArgumentParser):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lowrank_align import __version__
-from lowrank_align.cli import COMMANDS, OTHER_COMMANDS, main
+from lowrank_align.cli import OTHER_COMMANDS, command_names, main
 from lowrank_align.config import METHODS, read_yaml
 from lowrank_align.runs import FolderLock
 
@@ -81,10 +81,10 @@ def test_nothing_heavy_is_loaded_before_it_is_needed() -> None:
     heavy = ["accelerate", "bitsandbytes", "datasets", "matplotlib", "peft", "torch", "transformers"]
     code = f"""
 import contextlib, io, sys
-from lowrank_align.cli import COMMANDS, main
+from lowrank_align.cli import command_names, main
 codes = []
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-    for argv in (["--version"], ["--help"], *([name, "--help"] for name in COMMANDS), ["sft", "--no-such-flag"]):
+    for argv in (["--version"], ["--help"], *([name, "--help"] for name in command_names()), ["sft", "--no-such-flag"]):
         try:
             main(argv)
         except SystemExit as stopped:
@@ -97,7 +97,7 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.St
 print(codes, [name for name in {heavy} if name in sys.modules])
 """
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert child.stdout == f"{[0] * (2 + len(COMMANDS)) + [2, 2, 0, 0, 0, 0, 0, 0, 3]} []\n"
+    assert child.stdout == f"{[0] * (2 + len(command_names())) + [2, 2, 0, 0, 0, 0, 0, 0, 3]} []\n"
 
 
 def test_what_the_terminal_cannot_show_is_escaped(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,17 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from lowrank_align.config import METHODS, PlanSettings
+
 Command = Callable[..., Any]
+
+
+def test_every_method_can_be_planned() -> None:
+    assert get_args(PlanSettings.model_fields["method"].annotation) == (*METHODS, "chat")
 
 
 @pytest.mark.parametrize(
@@ -17,7 +23,8 @@ Command = Callable[..., Any]
                                "`lowrank-align presets` lists them"),
         ("--gpu 12GiB", "model: missing; give --model, --preset or a line in the --config file"),
         ("--preset qwen3-4b --method dppo",
-         "method: input should be 'sft', 'reward', 'dpo', 'ppo', 'grpo' or 'chat' (got 'dppo') (did you mean ppo?)"),
+         "method: input should be 'sft', 'reward', 'dpo', 'kto', 'condition', 'coh', 'ppo', 'grpo', 'rloo', "
+         "'online-dpo', 'expert', 'quark' or 'chat' (got 'dppo') (did you mean ppo?)"),
         ("--preset qwen3-4b --max-length 0", "max_length: input should be greater than 0 (got '0')"),
         ("--preset phi-4 --target-modules q_proj",
          "target_modules: q_proj: no such linear layer (did you mean qkv_proj?) "

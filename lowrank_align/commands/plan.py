@@ -9,11 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_align.architecture import Architecture
-from lowrank_align.config import METHODS, PlanSettings
+from lowrank_align.config import METHODS, OnlineSettings, PlanSettings
 from lowrank_align.errors import EXIT_DONE, EXIT_ENVIRONMENT, UserError, nearest
 from lowrank_align.plan import (
     GIB,
-    ROLLING,
     Plan,
     Prediction,
     Workload,
@@ -22,18 +21,22 @@ from lowrank_align.plan import (
     fit,
     gib,
     parameters_in_words,
+    rolls_out,
     size_bytes,
 )
 from lowrank_align.presets import Preset, read_preset
 
-ADAPTERS = {"sft": (1, 1), "reward": (1, 1), "dpo": (2, 1), "ppo": (4, 2), "grpo": (3, 1), "chat": (1, 0)}
-WHAT_THEY_ARE = {
-    "dpo": "policy and its reference",
-    "ppo": "policy, value, reference and reward model",
-    "grpo": "policy, reference and reward model",
-}
-GROUP = 8  # grpo's completions of a prompt
-PAIR = 2
+PAIRED = ("reward", "dpo", "condition", "online-dpo")  # a row of theirs has two completions
+
+
+def _roles(method: str) -> list[str]:
+    """The adapters that lie in memory, the trained ones first."""
+    kind = METHODS.get(method)
+    if kind is None:
+        return ["policy"]
+    trained = ["policy", "value"][: kind.trained_adapters] if kind.speaks else ["reward model"]
+    judge = ["reward model"] if issubclass(kind, OnlineSettings) else []
+    return [*trained, *["reference"] * kind.has_reference, *judge]
 
 
 def plan(settings: PlanSettings) -> int:
@@ -57,20 +60,19 @@ def workload_of(settings: PlanSettings, preset: Preset | None, architecture: Arc
     second round: every method goes on from an adapter, whose frozen copy is the reference, and the reward is a run.
     """
     method = settings.method
-    defaults = METHODS.get(method) or METHODS["ppo"] if method != "chat" else None
+    defaults = METHODS.get(method)
     knobs = {name: info.default for name, info in defaults.model_fields.items()} if defaults else {}
-    knobs |= {"completions": {"grpo": GROUP}.get(method, 1)}
     knobs |= {"max_new_tokens": 512, "rollout_batch_size": 1} if method == "chat" else {}
     knobs |= preset.knobs(method) if preset else {}
     knobs |= {name: value for name, value in settings.model_dump().items() if value is not None}
     length = min(knobs.get("max_length") or 1024, architecture.max_position_embeddings)
-    new_tokens = knobs.get("max_new_tokens") or 0 if method in ROLLING else 0
+    new_tokens = knobs.get("max_new_tokens") or 0 if rolls_out(method) else 0
     if new_tokens >= length:
         if settings.max_new_tokens or settings.max_length:
             raise UserError(f"max_new_tokens: {new_tokens} leaves no room for a prompt within max_length {length}")
         new_tokens = length // 2
     completion = new_tokens or length // 2
-    adapters, trained = ADAPTERS[method]
+    group = 2 if method in PAIRED else knobs.get("group_size") or 1
     rows = knobs.get("micro_batch_size") or 1
     flat = architecture.needs_flat_rows or (preset is not None and preset.layout == "flat")
     return Workload(
@@ -82,13 +84,13 @@ def workload_of(settings: PlanSettings, preset: Preset | None, architecture: Arc
         micro_batch_size=rows,
         prompt_tokens=length - completion,
         completion_tokens=completion,
-        completions=settings.completions or (PAIR if method in ("reward", "dpo") else knobs["completions"]),
+        completions=settings.completions or group,
         max_new_tokens=new_tokens,
         rollout_batch_size=knobs.get("rollout_batch_size") or 1,
         gradient_checkpointing=bool(knobs.get("gradient_checkpointing")),
         optimizer=knobs.get("optimizer") or "adamw",
-        adapters=adapters,
-        trained_adapters=trained,
+        adapters=len(_roles(method)),
+        trained_adapters=defaults.trained_adapters if defaults else 0,
         layout="flat" if flat else "tree",
     )
 
@@ -151,8 +153,6 @@ def _notes(settings: PlanSettings, architecture: Architecture, plan_of: Plan) ->
     found = []
     if (settings.max_length or 0) > architecture.max_position_embeddings:
         found.append(f"max_length {settings.max_length} is over the model's context; planned for its whole length")
-    if settings.method not in METHODS and settings.method != "chat":
-        found.append(f"{settings.method} is not a command yet; what is not given is taken from ppo")
     if plan_of.rough:
         found.append("rough: experts and recurrent layers keep more of a pass than is counted here")
     return found
@@ -180,8 +180,8 @@ def _in_words(work: Workload) -> str:
         return f"{base} base, one adapter of rank {work.rank}; answers of {work.max_new_tokens} tokens"
     answers = f"{work.completions} x " if work.completions > 1 else ""
     rows = f"prompt {work.prompt_tokens} + {answers}{work.completion_tokens} tokens"
-    roles = f" ({WHAT_THEY_ARE[work.method]})" if work.method in WHAT_THEY_ARE else ""
-    adapters = f"{work.adapters} adapters{roles}" if work.adapters > 1 else "1 adapter"
+    *first, last = _roles(work.method)
+    adapters = f"{work.adapters} adapters ({', '.join(first)} and {last})" if first else "1 adapter"
     checkpointing = "checkpointed" if work.gradient_checkpointing else "not checkpointed"
     lines = [
         f"{base} base, computed in {work.dtype}; {adapters} of rank {work.rank}, {work.optimizer}",

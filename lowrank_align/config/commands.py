@@ -102,6 +102,12 @@ class PresetsSettings(Settings):
     """Print it as JSON."""
 
 
+# every method of `config.methods`, and chat
+Planned = Literal[
+    "sft", "reward", "dpo", "kto", "condition", "coh", "ppo", "grpo", "rloo", "online-dpo", "expert", "quark", "chat"
+]
+
+
 class PlanSettings(Settings):
     """Whether training or chatting fits into a GPU's memory, and which settings would."""
 
@@ -109,7 +115,7 @@ class PlanSettings(Settings):
     """A model folder, a hub id, or `tiny`; only its config.json is read. A preset needs no file at all."""
     preset: str | None = None
     """Settings that are known to work for a model, by name or as a .yaml file (`lowrank-align presets` lists them)."""
-    method: Literal["sft", "reward", "dpo", "ppo", "grpo", "chat"] = "sft"
+    method: Planned = "sft"
     """What is to be run."""
     gpu: str | None = None
     """The memory to fit into, as 12GiB; without it, what this machine's GPU has, or the table alone."""
@@ -126,7 +132,7 @@ class PlanSettings(Settings):
     rollout_batch_size: Positive | None = None
     """Rollouts that are drawn at once."""
     completions: Positive | None = None
-    """Completions per prompt (grpo's group, a ranking's length)."""
+    """Completions per prompt (a group's rollouts, a ranking's length)."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] | None = None

@@ -17,13 +17,12 @@ from lowrank_align.plan.prediction import (
     predict,
 )
 from lowrank_align.plan.words import as_flags, gib, in_one_line, parameters_in_words, size_bytes
-from lowrank_align.plan.workload import ROLLING, Workload, work_of
+from lowrank_align.plan.workload import Workload, rolls_out, work_of
 
 __all__ = [
     "GIB",
     "GPU_CONTEXT_BYTES",
     "NF4_BYTES",
-    "ROLLING",
     "Parts",
     "Plan",
     "Prediction",
@@ -38,6 +37,7 @@ __all__ = [
     "in_one_line",
     "parameters_in_words",
     "predict",
+    "rolls_out",
     "size_bytes",
     "work_of",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 
 from lowrank_align.architecture import Architecture
 from lowrank_align.plan.prediction import GIB, Prediction, predict
-from lowrank_align.plan.workload import ROLLING, TRAINING, Workload
+from lowrank_align.plan.workload import Workload, rolls_out, trains
 
 CARDS_GIB = (6, 8, 12, 16, 24, 48)  # what gaming and workstation cards have
 SHORTEST_TOKENS = 128  # the planner suggests no shorter length
@@ -65,7 +65,7 @@ def cards(architecture: Architecture, work: Workload) -> dict[int, Plan]:
 def _nearest_first(work: Workload, at_length: AtLength) -> Iterator[Workload]:
     """Ever smaller workloads: rollouts at once, rows at once, recomputation, 8-bit states, and shorter rows at last."""
     yield work
-    training = work.method in TRAINING
+    training = trains(work.method)
     lengths = [work.max_length]
     while lengths[-1] // 2 >= SHORTEST_TOKENS:
         lengths.append(lengths[-1] // 2)
@@ -79,7 +79,7 @@ def _nearest_first(work: Workload, at_length: AtLength) -> Iterator[Workload]:
             return
         for checkpointing, optimizer in steps:
             for rows in _halved(work.micro_batch_size):
-                for rollouts in _halved(work.rollout_batch_size) if work.method in ROLLING else [1]:
+                for rollouts in _halved(work.rollout_batch_size) if rolls_out(work.method) else [1]:
                     yield replace(
                         rows_there, micro_batch_size=rows, gradient_checkpointing=checkpointing,
                         optimizer=optimizer, rollout_batch_size=rollouts,

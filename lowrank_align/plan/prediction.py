@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 
 from lowrank_align.architecture import Architecture, Linear
-from lowrank_align.plan.workload import ROLLING, SCORING, TRAINING, Workload
+from lowrank_align.plan.workload import Workload, rolls_out, speaks, trains
 
 GIB = 2**30
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -76,12 +76,10 @@ def predict(architecture: Architecture, work: Workload) -> Prediction:
     """Peak memory of `work` on a model with these figures."""
     resident = _resident(architecture, work)
     phases = {}
-    if work.method in TRAINING:
+    if trains(work.method):
         phases["training"] = replace(resident, **_training(architecture, work))
-    if work.method in ROLLING:
-        phases["rollouts" if work.method in TRAINING else "answering"] = replace(
-            resident, **_rollouts(architecture, work)
-        )
+    if rolls_out(work.method):
+        phases["rollouts" if trains(work.method) else "answering"] = replace(resident, **_rollouts(architecture, work))
     allocated = max(parts.total for parts in phases.values()) + WORKSPACE_BYTES
     for name, parts in phases.items():
         if work.device == "gpu":
@@ -114,8 +112,8 @@ def _resident(a: Architecture, w: Workload) -> Parts:
         weights=int(linear * per_weight) + a.kept_parameters() * size,
         embeddings_and_head=tables * a.vocab_size * a.hidden_size * size,
         adapters=adapter * w.adapters * LORA_BYTES,
-        gradients=trained * LORA_BYTES if w.method in TRAINING else 0,
-        optimizer=int(trained * ADAMW_BYTES[w.optimizer]) if w.method in TRAINING else 0,
+        gradients=trained * LORA_BYTES if trains(w.method) else 0,
+        optimizer=int(trained * ADAMW_BYTES[w.optimizer]) if trains(w.method) else 0,
     )
 
 
@@ -143,7 +141,7 @@ def _training(a: Architecture, w: Workload) -> dict[str, int]:
         layer = _layer_transient(a, size, recomputed=False) * tokens
     # The backward pass begins with the head and the last norm, and frees what they kept before it comes to the layers.
     ends = tokens * h * (4 + size) + w.scored_tokens * h * (4 + size)
-    chunk = _chunk_bytes(a, w) * CHUNK_COPIES if w.method in SCORING else 0
+    chunk = _chunk_bytes(a, w) * CHUNK_COPIES if speaks(w.method) else 0
     layer += _unpacked_bytes(a, w)
     working, scoring = (layer, 0) if layer >= ends + chunk else (ends, chunk)
     return {"activations": kept + mask + working, "scoring_chunk": scoring}

@@ -5,9 +5,20 @@ from typing import Literal
 
 from lowrank_align.config import METHODS, OnlineSettings, TrainSettings
 
-TRAINING = frozenset(METHODS)
-ROLLING = frozenset(name for name, kind in METHODS.items() if issubclass(kind, OnlineSettings)) | {"chat"}
-SCORING = frozenset(name for name, kind in METHODS.items() if kind.speaks)  # their completion tokens meet the head
+
+def trains(method: str) -> bool:
+    """Whether it has gradients and an optimiser; `chat` has not."""
+    return method in METHODS
+
+
+def rolls_out(method: str) -> bool:
+    """Whether it samples answers."""
+    return method == "chat" or issubclass(METHODS[method], OnlineSettings)
+
+
+def speaks(method: str) -> bool:
+    """Whether completion tokens go through the language model's head in training."""
+    return method in METHODS and METHODS[method].speaks
 
 
 @dataclass(frozen=True)
