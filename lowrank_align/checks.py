@@ -92,7 +92,7 @@ def finished_before(settings: TrainSettings, out: Path) -> dict[str, Any] | None
     return state if state["state"] == "finished" else None
 
 
-def check_resumable(settings: TrainSettings, out: Path, data_hash: str) -> None:
+def check_resumable(settings: TrainSettings, out: Path, data_hash: str, pretrain_hash: str | None = None) -> None:
     """A resumed run must be the same run: same data, same knobs but for those that only say how far and how often."""
     if not settings.resume or not out.is_dir():
         return
@@ -112,6 +112,8 @@ def check_resumable(settings: TrainSettings, out: Path, data_hash: str) -> None:
         (settings.rows, record.get("data_hash"), data_hash),
         (settings.model, record.get("base_hash"), weights_hash(model_folder(settings.model))),
     ]
+    if pretrain_hash is not None:
+        sources.append((getattr(settings, "pretrain_data", ""), record.get("pretrain_hash"), pretrain_hash))
     if settings.adapter is not None:  # with other bytes, DPO and PPO would get another reference half-way
         begun = (record.get("parent") or {}).get("adapter_hash")
         sources.append((settings.adapter, begun, adapters.weights_sha256(settings.adapter)))

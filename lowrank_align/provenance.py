@@ -44,8 +44,10 @@ class Provenance:
     tokenizer_hash: str | None = None
     template_hash: str | None = None
     data_hash: str | None = None
+    pretrain_hash: str | None = None  # of `pretrain_data`, where there is one
     parent: dict[str, str] | None = None
     adapter_hash: str | None = None
+    answer_prefix: str | None = None  # the text that stands before every answer
     reward_hashes: dict[str, str] | None = None  # of the reward runs that it followed, by path
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str | None] = field(default_factory=lambda: versions())
@@ -169,12 +171,24 @@ def model_card(provenance: Provenance | dict[str, Any], metrics: dict[str, float
             f"LoRA adapter for `{base}`, trained with lowrank_align by `{method}`{origin}. {record['created'][:10]}\n",
             f"## Use\n\n```python\n{_loading_code(base, name, is_reward)}```\n",
             f"```\nlowrank-align {_command(base, name, is_reward)}\n```\n",
+            *asked_behind(record.get("answer_prefix")),
             *_table("Metrics", "metric", "last value", {k: f"{v:.6g}" for k, v in metrics.items() if v is not None}),
             *_table("Configuration", "knob", "value", {k: v for k, v in knobs.items() if v is not None}),
             *_table("Versions", "package", "version", {k: v for k, v in record["versions"].items() if v}),
             f"SHA-256 of the base's weight files: `{record['base_hash']}`\n",
         ]
     )
+
+
+def asked_behind(answer_prefix: str | None) -> list[str]:
+    """A card's paragraph about the text before every answer; nothing where there is none."""
+    if not answer_prefix:
+        return []
+    text = json.dumps(answer_prefix, ensure_ascii=False)
+    return [
+        f"It was trained with a text before every answer: `{text}`, behind the chat template's generation prompt or the"
+        " plain prompt. lowrank-align puts it in by itself (`prompting.json`); with other programs, put it there.\n"
+    ]
 
 
 def for_publishing(value: Any) -> Any:

@@ -87,6 +87,8 @@ def train(
         settings = settings.model_copy(update={"max_length": context})
     _tell_without_effect(settings, progress)
     kind = method_class(settings.method)
+    if prefix := kind.answer_prefix(settings):
+        progress.note(f"answers are asked for behind {prefix!r}, in this run and from it ({adapters.PROMPTING})")
     with tempfile.TemporaryDirectory() as scratch:
         renderer, rows = _rendered(settings, tokenizer, Path(scratch), progress.note)
         for line in preset_lines(settings, renderer, base.config if base else read_config(settings.model)):
@@ -96,12 +98,13 @@ def train(
             progress.note(f"once more, at max_length {fits.max_length}:")
             renderer, rows = _rendered(fits, tokenizer, Path(scratch), progress.note)
         settings = fits
-        check_resumable(settings, out, rows.sha256)
+        check_resumable(settings, out, rows.sha256, rows.pretrain_sha256)
         base = base or Base.of(settings)
         with base.turns.background():
             base.enable_checkpointing(settings.gradient_checkpointing)
             trainer = kind(base, settings, renderer)
             trainer.add_roles()
+            trainer.pretrain_rows = rows.pretrain_rows
             with (
                 stop or StopSignals() as stopping,
                 open_run(out, resume=settings.resume, overwrite=settings.overwrite, method=settings.method) as run,
@@ -122,6 +125,7 @@ def _rendered(
         thinking_if_possible=from_preset(settings, "thinking"),
     )
     kind = method_class(settings.method)
+    renderer = renderer.with_prefix(kind.answer_prefix(settings))
 
     def render(row: Row) -> Rendered:
         return kind.render(row, renderer, settings)
@@ -133,7 +137,7 @@ def _run(
     method: Method[Any, Any], rows: TrainingRows, run: RunFolder, progress: Progress, stop: StopSignals
 ) -> Summary:
     loop = Loop(method, rows.rows, rows.eval_rows, run, progress, stop)
-    provenance = _provenance(method, rows.sha256)
+    provenance = _provenance(method, rows)
     write_provenance(run.path, **provenance)
     try:
         figures = loop.run()
@@ -141,6 +145,8 @@ def _run(
         progress.close()
         method.base.enable_checkpointing(False)  # evaluation mode too, for whoever uses the base next
     figures |= method.finish(rows.rows, loop.retry)
+    if prefix := method.renderer.answer_prefix:
+        adapters.write_prompting(run.path, prefix)  # first: an adapter without it would be asked otherwise than trained
     provenance["adapter_hash"] = method.save(run)
     record = write_provenance(run.path, **provenance)
     plots = plot_metrics(run.path / "metrics.jsonl", run.plots)
@@ -179,7 +185,7 @@ def _write_down(run: RunFolder, settings: TrainSettings, dropped: list[tuple[str
         (run.path / "dropped_rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _provenance(method: Method[Any, Any], data_hash: str) -> dict[str, Any]:
+def _provenance(method: Method[Any, Any], rows: TrainingRows) -> dict[str, Any]:
     base, s = method.base, method.settings
     tokenizer_files = [base.path / name for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")]
     parent = None
@@ -193,8 +199,10 @@ def _provenance(method: Method[Any, Any], data_hash: str) -> dict[str, Any]:
         "method": s.method,
         "tokenizer_hash": folder_sha256([f for f in tokenizer_files if f.is_file()]),
         "template_hash": method.renderer.template_hash(),
-        "data_hash": data_hash,
+        "data_hash": rows.sha256,
+        "pretrain_hash": rows.pretrain_sha256,
         "parent": parent,
+        "answer_prefix": method.renderer.answer_prefix or None,
         "config": s.model_dump(exclude=set(ADAPTERS_OWN) if s.adapter else None),
     }
 

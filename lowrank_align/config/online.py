@@ -99,6 +99,12 @@ class PPOSettings(OnlineSettings):
     pretrain_coefficient: Coefficient = 1.0
     """Its weight (gamma_ptx) against the policy's loss per token."""
 
+    @model_validator(mode="after")
+    def _pretraining_has_data(self) -> "PPOSettings":
+        if self.pretrain_coefficient != 1.0 and self.pretrain_data is None:
+            raise ValueError("pretrain_coefficient: without pretrain_data there is nothing to weigh; name its rows")
+        return self
+
 
 class GRPOSettings(OnlineSettings):
     """Group-relative policy optimisation: the answers of a prompt are each other's baseline."""

@@ -1,7 +1,7 @@
 """From a run's settings to its tokenised rows, with what was converted, cut, dropped or set aside told and listed."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowrank_align.config import TrainSettings
@@ -22,6 +22,8 @@ class TrainingRows:
     eval_rows: list[TreeRow]
     sha256: str  # of the training data's source
     dropped: list[tuple[str, str]]  # (where, reason)
+    pretrain_rows: list[TreeRow] = field(default_factory=list)  # of `pretrain_data`, for methods that have it
+    pretrain_sha256: str | None = None
 
 
 def training_rows(
@@ -59,8 +61,26 @@ def training_rows(
         tell(line)
     kept = f"training on {len(rendered.tree_rows)} rows"
     tell(f"{kept}, {len(rendered_out.tree_rows)} held out" if held_out else kept)
-    dropped = rendered.dropped + rendered_out.dropped
-    return TrainingRows(rendered.tree_rows, rendered_out.tree_rows, loaded.sha256, dropped)
+    text, text_sha256 = _pretrain_rows(settings, renderer, bad_rows, tell)
+    dropped = rendered.dropped + rendered_out.dropped + text.dropped
+    return TrainingRows(rendered.tree_rows, rendered_out.tree_rows, loaded.sha256, dropped, text.tree_rows, text_sha256)
+
+
+def _pretrain_rows(
+    settings: TrainSettings, renderer: Renderer, bad_rows: Path, tell: Tell
+) -> tuple[RenderedRows, str | None]:
+    """The rows of text or demonstrations that `pretrain_data` names, cut to `max_length`, and their source's hash."""
+    source = getattr(settings, "pretrain_data", None)
+    if source is None:
+        return RenderedRows([]), None
+    bad_rows = bad_rows.with_name(f"pretrain_{bad_rows.name}")
+    skip_bad = bad_rows if settings.skip_bad else None
+    loaded = load_rows(source, expect={Shape.demonstration}, skip_bad=skip_bad)
+    _tell_loaded(loaded, source, bad_rows, tell)
+    rendered = render_all(renderer.tree_row, loaded.rows, skip_bad=skip_bad)
+    _tell_rendered(rendered, len(loaded.rows), source, settings.max_length, bad_rows, tell)
+    tell(f"keeping up the likelihood of {len(rendered.tree_rows)} rows of {source}")
+    return rendered, loaded.sha256
 
 
 def _tell_loaded(loaded: Loaded, source: str, bad_rows: Path, tell: Tell) -> None:

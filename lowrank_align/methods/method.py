@@ -2,18 +2,23 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from lowrank_align import adapters
 from lowrank_align.base import Base
 from lowrank_align.config import TrainSettings
 from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.errors import NumericError
+from lowrank_align.memory import release_unused
+from lowrank_align.objectives.completion import nll
 from lowrank_align.rollout import generator_for, sample
 from lowrank_align.runs import RunFolder
+from lowrank_align.tensors import reduce
 from lowrank_align.trees import TreeRow
 
 Item = TypeVar("Item")
@@ -67,6 +72,14 @@ class Metrics:
         return found | {name: value.item() for name, (_, value) in self._extremes.items()}
 
 
+@dataclass(frozen=True)
+class PretrainRow:
+    """A row of `pretrain_data` as a part of one optimiser update."""
+
+    row: TreeRow
+    update_tokens: int  # trained tokens of all such rows of the update: what their summed loss is divided by
+
+
 class Method(ABC, Generic[SettingsT, Item]):
     """One method: which rows it takes, which roles it puts on the base, and one micro-batch's forward and backward."""
 
@@ -77,6 +90,7 @@ class Method(ABC, Generic[SettingsT, Item]):
 
     def __init__(self, base: Base, settings: SettingsT, renderer: Renderer) -> None:
         self.base, self.settings, self.renderer = base, settings, renderer
+        self.pretrain_rows: Sequence[TreeRow] = ()  # of `pretrain_data`; `train` puts them in
         # The loop puts accelerate's in place of this, which knows about 16-bit gradient scaling.
         self.backward: Callable[[Tensor], None] = lambda loss: loss.backward()
 
@@ -86,6 +100,14 @@ class Method(ABC, Generic[SettingsT, Item]):
     def render(row: Row, renderer: Renderer, settings: Any) -> Rendered:
         """One row of the file as tokens, or why it is dropped; needs no model."""
         return renderer.tree_row(row)
+
+    @staticmethod
+    def answer_prefix(settings: Any) -> str:
+        """What stands before every answer, in training and ever after: it is saved with the run (`prompting.json`).
+
+        A run that goes on from another's adapter asks as that one was trained.
+        """
+        return adapters.answer_prefix(settings.adapter) if settings.speaks else ""
 
     # ---- roles
 
@@ -133,6 +155,38 @@ class Method(ABC, Generic[SettingsT, Item]):
         The loss is summed over the items and divided by `weight`, so that parts add up to the whole batch's loss.
         """
 
+    def draw_pretrain_rows(self, count: int, *place: int | str) -> list[PretrainRow]:
+        """`count` rows of `pretrain_data` for one optimiser update; none without such data.
+
+        A function of the seed and of `place` (step, update) alone, so that a resumed run draws the same.
+        """
+        if not self.pretrain_rows:
+            return []
+        generator = generator_for(torch.device("cpu"), self.settings.seed, *place, "pretrain")
+        rounds = -(-count // len(self.pretrain_rows))  # each row once before one comes again
+        orders = [torch.randperm(len(self.pretrain_rows), generator=generator) for _ in range(rounds)]
+        rows = [self.pretrain_rows[i] for i in torch.cat(orders)[:count].tolist()]
+        tokens = sum(sum(completion.mask) for row in rows for completion in row.completions)
+        return [PretrainRow(row, tokens) for row in rows]
+
+    def pretrain_step(self, rows: Sequence[PretrainRow], metrics: Metrics) -> Tensor:
+        """Forward and backward of pretraining rows under the policy; returns their part of the loss.
+
+        + gamma_ptx * mean over the update's tokens of -log pi(y_t | y_<t), gamma_ptx the `pretrain_coefficient`
+        (InstructGPT, arXiv 2203.02155, eq. 2, there a sum over sequences).
+        """
+        if not rows:
+            return torch.zeros((), device=self.base.device)
+        release_unused()  # on CPU the heap of the pass before would otherwise lie beside that of this one
+        batch = self.base.collate([part.row for part in rows])
+        with self.base.role(self.trained[0]):
+            losses = nll(self.base.token_scores(batch).per_token_logps, batch.completion_mask).loss
+            loss = reduce(losses, batch.completion_mask, "token_mean", rows[0].update_tokens)
+            loss = getattr(self.settings, "pretrain_coefficient", 1.0) * loss
+            self.backward(loss)
+        metrics.mean("loss/pretrain", losses, batch.completion_mask)
+        return loss.detach()
+
     def round_metrics(self) -> dict[str, float]:
         """Numbers about the round as a whole (PPO's rollouts)."""
         return {}
@@ -178,14 +232,18 @@ class Method(ABC, Generic[SettingsT, Item]):
         """What is left to measure on the training rows when the last step is done."""
         return {}
 
+    def asked(self, row: TreeRow) -> list[int]:
+        """What the policy gets to answer a row's prompt."""
+        return [*row.prompt_ids, *self.renderer.prefix_ids]
+
     def samples(self, rows: Sequence[TreeRow], step: int) -> list[dict[str, Any]]:
         """The policy's answers to these rows' prompts, to print and keep."""
         room = self.base.context_tokens - self.settings.sample_tokens
-        prompts = [row for row in rows if len(row.prompt_ids) <= room]
+        prompts = [row for row in rows if len(self.asked(row)) <= room]
         with self.base.role(self.trained[0]):
             answers = sample(
                 self.base,
-                [row.prompt_ids for row in prompts],
+                [self.asked(row) for row in prompts],
                 end_ids=self.renderer.end_ids,
                 max_new_tokens=self.settings.sample_tokens,
                 generator=generator_for(self.base.device, self.settings.seed, step, "samples"),

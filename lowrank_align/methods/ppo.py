@@ -1,11 +1,13 @@
 """Proximal policy optimisation of a reward (arXiv 1707.06347, for language 1909.08593; details of 2403.17031).
 
 Policy and value have an adapter each, the reference is a frozen copy, the reward model a fourth adapter: one base.
+With `pretrain_data` it is PPO-ptx (2203.02155): the likelihood of texts is kept up beside the reward.
 Left out: reward whitening, several rollouts a prompt.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,13 +18,13 @@ from lowrank_align.base import Base
 from lowrank_align.config import PPOSettings
 from lowrank_align.data.chat import Renderer
 from lowrank_align.memory import release_unused
-from lowrank_align.methods.method import Metrics, Retry
+from lowrank_align.methods.method import Metrics, PretrainRow, Retry
 from lowrank_align.methods.online import OnlineMethod, group_row
 from lowrank_align.objectives.rollout import AdaptiveKL, per_token_rewards, ppo_policy_loss, ppo_value_loss
 from lowrank_align.rollout import Rollout, generator_for
 from lowrank_align.runs import RunFolder
 from lowrank_align.tensors import gae, reduce, whiten
-from lowrank_align.trees import TreeRow
+from lowrank_align.trees import TreeRow, longest_rows
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Episode:
     old_values: Tensor
     advantages: Tensor  # whitened over the step's rollouts
     returns: Tensor
+    text: PretrainRow | None = None  # PPO-ptx: what is learned beside it
 
 
 class PPO(OnlineMethod[PPOSettings, Episode]):
@@ -67,9 +70,10 @@ class PPO(OnlineMethod[PPOSettings, Episode]):
             self.kl.update(self.measured["objective/kl"], len(groups))
         release_unused()
         order = generator_for(torch.device("cpu"), s.seed, step, "minibatches")
+        update = itertools.count()
         for _ in range(s.ppo_epochs):
             for places in torch.randperm(len(episodes), generator=order).tensor_split(self._minibatches(len(rows))):
-                yield [episodes[i] for i in places.tolist()]
+                yield self._with_texts([episodes[i] for i in places.tolist()], step, next(update))
 
     @property
     def updates_per_step(self) -> int:
@@ -98,6 +102,7 @@ class PPO(OnlineMethod[PPOSettings, Episode]):
             value = ppo_value_loss(values, old_values, returns, mask, s.clip_range_value)
             value_loss = s.value_coefficient * reduce(value.loss, mask, "token_mean", weight)
             self.backward(value_loss)
+        text_loss = self.pretrain_step([episode.text for episode in items if episode.text], metrics)
         metrics.mean("loss/policy_avg", policy.loss, mask)
         metrics.mean("loss/value_avg", value.loss, mask)
         metrics.mean("policy/approxkl_avg", policy.approx_kl, mask)
@@ -105,7 +110,12 @@ class PPO(OnlineMethod[PPOSettings, Episode]):
         metrics.mean("policy/entropy_avg", scores.entropy, mask)
         metrics.mean("val/clipfrac_avg", value.clipped, mask)
         metrics.mean("val/ratio", policy.ratio, mask)
-        return (policy_loss + value_loss).detach()
+        return (policy_loss + value_loss).detach() + text_loss
+
+    def _with_texts(self, episodes: list[Episode], step: int, update: int) -> list[Episode]:
+        """A minibatch with a row of `pretrain_data` beside each episode, where there is such data."""
+        texts = self.draw_pretrain_rows(len(episodes), step, update)
+        return [replace(e, text=text) for e, text in zip(episodes, texts, strict=True)] if texts else episodes
 
     @torch.no_grad()
     def _episodes(
@@ -168,7 +178,9 @@ class PPO(OnlineMethod[PPOSettings, Episode]):
 
     def preflight_items(self, trees: list[TreeRow]) -> list[Episode]:
         zeros = torch.zeros(self.settings.max_new_tokens, device=self.base.device)
-        return [Episode(tree, zeros, zeros, zeros, zeros) for tree in trees]
+        texts: list[PretrainRow | None] = [PretrainRow(row, 1) for row in longest_rows(self.pretrain_rows, len(trees))]
+        texts += [None] * (len(trees) - len(texts))
+        return [Episode(tree, *[zeros] * 4, text) for tree, text in zip(trees, texts, strict=True)]
 
     def save(self, run: RunFolder) -> str:
         """`adapter/` is the policy, `value/` the critic with its head."""
