@@ -45,6 +45,13 @@ class TreeRow:
     comparisons: tuple[Comparison, ...] = ()
     index: int = 0
     prompt_text: str = ""  # for reward functions and samples
+    label: bool | None = None  # of an unpaired row: whether its completion is good
+
+    @property
+    def ranks(self) -> list[int]:
+        """1 for the completions that nothing beats, and so on; equal ranks where neither beats the other."""
+        losers = [c.second if c.preference > 0.5 else c.first for c in self.comparisons if c.preference != 0.5]
+        return [1 + losers.count(k) for k in range(len(self.completions))]
 
 
 def longest_rows(rows: Sequence[TreeRow], count: int) -> list[TreeRow]:

@@ -22,7 +22,22 @@ PairedLossName = Literal[
     "cpl_kl",
 ]
 REFERENCE_FREE: frozenset[str] = frozenset({"simpo", "orpo", "cpo", "nll", "unlikelihood", "token_unlikelihood", "cpl"})
-SMOOTHED: frozenset[str] = frozenset({"sigmoid", "robust"})
+SEGMENTS: frozenset[str] = frozenset({"cpl", "cpl_kl"})
+# what each loss reads; the names are its keyword arguments' too
+LOSS_KNOBS: dict[str, tuple[str, ...]] = {
+    "sigmoid": ("beta", "label_smoothing"),
+    "robust": ("beta", "label_smoothing"),
+    "ipo": ("beta",),
+    "hinge": ("beta",),
+    "simpo": ("beta", "simpo_gamma"),
+    "orpo": ("beta",),
+    "cpo": ("beta", "cpo_alpha"),
+    "nll": (),
+    "unlikelihood": ("unlikelihood_alpha",),
+    "token_unlikelihood": ("unlikelihood_alpha",),
+    "cpl": ("cpl_alpha", "cpl_lambda", "cpl_gamma"),
+    "cpl_kl": ("cpl_alpha", "cpl_lambda", "cpl_gamma"),
+}
 RankingKind = Literal["pairwise", "plackett_luce"]
 
 
@@ -70,7 +85,7 @@ class DPOSettings(TrainSettings):
     loss: list[PairedLossName] = ["sigmoid"]
     """One or several of sigmoid, ipo, hinge, robust, simpo, orpo, cpo, nll (alone: Preferred-FT), unlikelihood,
     token_unlikelihood, cpl, cpl_kl; docs/methods.md says which to take."""
-    loss_weights: list[float] | None = None
+    loss_weights: list[Rate] | None = None
     """A weight for each loss, in the same order; without it, 1 each."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """The share of labels taken to be wrong (sigmoid: cDPO; robust)."""
@@ -96,6 +111,11 @@ class DPOSettings(TrainSettings):
         """Whether one of the losses compares with the reference."""
         return not REFERENCE_FREE.issuperset(self.loss)
 
+    @property
+    def compares_segments(self) -> bool:
+        """Whether every loss takes conversations that start differently."""
+        return SEGMENTS.issuperset(self.loss)
+
     @field_validator("loss", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: object) -> object:
@@ -108,12 +128,16 @@ class DPOSettings(TrainSettings):
             raise ValueError(f"loss: each once, and at least one of {known}")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss):
             raise ValueError(f"loss_weights: {len(self.loss_weights)} for {len(self.loss)} losses; give one each")
-        if self.label_smoothing and not SMOOTHED.intersection(self.loss):
-            raise ValueError(
-                f"label_smoothing is for loss: {' and '.join(sorted(SMOOTHED))}, not {', '.join(self.loss)}"
-            )
+        losses = ", ".join(self.loss)
+        for knob in dict.fromkeys(name for knobs in LOSS_KNOBS.values() for name in knobs):
+            readers = sorted(loss for loss, knobs in LOSS_KNOBS.items() if knob in knobs)
+            changed = getattr(self, knob) != type(self).model_fields[knob].default
+            if changed and not set(readers).intersection(self.loss):
+                raise ValueError(f"{knob} is for loss: {' and '.join(readers)}, not {losses}")
+        if self.ranking == "plackett_luce" and self.label_smoothing:
+            raise ValueError("label_smoothing and ranking: plackett_luce exclude each other")
         if self.ranking == "plackett_luce" and self.loss != ["sigmoid"]:
-            raise ValueError(f"ranking: plackett_luce is for loss: sigmoid alone, not {', '.join(self.loss)}")
+            raise ValueError(f"ranking: plackett_luce is for loss: sigmoid alone, not {losses}")
         return self
 
 
@@ -135,6 +159,14 @@ class KTOSettings(TrainSettings):
     """Weight of the bad answers."""
     lora_dropout: Annotated[float, Field(ge=0, le=0)] = 0.0
     """0: policy and reference must agree at the first step."""
+
+    @model_validator(mode="after")
+    def _batch_mixes(self) -> "KTOSettings":
+        if self.batch_size < 2:
+            raise ValueError("batch_size: 1, must be at least 2: KTO's z0 pairs each prompt with another row's answer")
+        if not (self.desirable_weight or self.undesirable_weight):
+            raise ValueError("desirable_weight and undesirable_weight are both 0: nothing would be learnt")
+        return self
 
 
 class ConditionSettings(TrainSettings):

@@ -96,6 +96,16 @@ class TrainSettings(ModelSettings):
     """Start although the plan says that the run does not fit."""
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether this run has a frozen copy of the policy beside it."""
+        return self.has_reference
+
+    @property
+    def compares_segments(self) -> bool:
+        """Whether the two conversations of a pair may start differently."""
+        return False
+
+    @property
     def rows(self) -> str:
         """Where the training rows are: the field is `data`, or `prompts` for methods that make their own answers."""
         return str(getattr(self, self.rows_field))

@@ -1,15 +1,27 @@
-"""Direct preference optimisation: a policy's own log-ratios are the reward (Rafailov et al. 2023, arXiv 2305.18290)."""
+"""Direct preference optimisation: a policy's own log-ratios are the reward (Rafailov et al. 2023, arXiv 2305.18290).
+
+With it the other losses on pairs (`objectives/paired_losses.py`), one or several with weights, and DPO's Plackett-Luce
+form for rankings. Where no loss compares with a reference, there is none.
+"""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lowrank_align.config import DPOSettings
-from lowrank_align.data.formats import Shape
+from lowrank_align.config.offline import LOSS_KNOBS
+from lowrank_align.data.chat import Rendered, Renderer
+from lowrank_align.data.formats import Row, Shape
 from lowrank_align.methods.method import Method, Metrics, assert_policy_is_reference
-from lowrank_align.objectives.paired import dpo, mean_per_row
-from lowrank_align.trees import TreeRow, collate_comparisons
+from lowrank_align.objectives.paired import Side, by_preference, mean_per_row, outcome
+from lowrank_align.objectives.paired_losses import paired_loss
+from lowrank_align.objectives.ranked import MOST_TIED, TOO_MANY_TIES, most_tied, whole_orders
+from lowrank_align.scoring import TokenScores
+from lowrank_align.trees import Comparisons, TreeBatch, TreeRow, collate_comparisons
+
+BY_LENGTH = frozenset({"simpo", "orpo"})  # their reward is the mean over the answer's tokens
 
 
 class DPO(Method[DPOSettings, TreeRow]):
@@ -17,13 +29,20 @@ class DPO(Method[DPOSettings, TreeRow]):
 
     shapes = frozenset({Shape.pair, Shape.ranking})
 
+    @staticmethod
+    def render(row: Row, renderer: Renderer, settings: DPOSettings) -> Rendered:
+        if settings.ranking == "plackett_luce" and most_tied(row.ranks or ()) > MOST_TIED:
+            return Rendered(None, TOO_MANY_TIES)
+        return renderer.tree_row(row)
+
     # ---- roles
 
     trained = ("policy",)
 
     def add_roles(self) -> None:
         self.policy_from_settings()
-        self.base.add_role("reference", frozen_copy_of="policy")
+        if self.settings.needs_reference:
+            self.base.add_role("reference", frozen_copy_of="policy")
 
     # ---- step
 
@@ -32,35 +51,65 @@ class DPO(Method[DPOSettings, TreeRow]):
         return float(len(items))
 
     def step(self, items: Sequence[TreeRow], weight: float, metrics: Metrics) -> Tensor:
-        s = self.settings
         batch, pairs = self.base.collate(list(items)), collate_comparisons(items, self.base.device)
-        with self.base.role("reference"), torch.no_grad():
-            ref_logps = self.base.token_scores(batch).logps
+        reference = self._reference_logps(batch)
         with self.base.role("policy"):
             policy = self.base.token_scores(batch)
-            logps, num_tokens = policy.logps, batch.num_tokens
-            outcome = dpo(
-                logps[pairs.first], logps[pairs.second], ref_logps[pairs.first], ref_logps[pairs.second],
-                num_tokens[pairs.first], num_tokens[pairs.second],
-                s.beta, s.loss[0], s.label_smoothing, pairs.preference,
-            )  # fmt: skip
-            loss = mean_per_row(outcome.loss, pairs.row_of, len(items)).sum() / weight
+            answers = Side(policy.per_token_logps, batch.completion_mask, reference)
+            losses = self._losses(answers, pairs, metrics)
+            per_row = mean_per_row(losses, pairs.row_of, len(items))
+            if self.settings.ranking == "plackett_luce":
+                rewards = self.settings.beta * answers.logratios
+                per_row = whole_orders(per_row, rewards, batch.row_of, [row.ranks for row in items])
+            loss = per_row.sum() / weight
             self.backward(loss)
-        chosen = torch.where(pairs.preference >= 0.5, pairs.first, pairs.second)
-        rejected = torch.where(pairs.preference >= 0.5, pairs.second, pairs.first)
-        metrics.mean("rewards/chosen", outcome.chosen_rewards, outcome.decided)
-        metrics.mean("rewards/rejected", outcome.rejected_rewards, outcome.decided)
-        metrics.mean("rewards/margins", outcome.margins, outcome.decided)
-        metrics.mean("rewards/accuracies", outcome.accuracies, outcome.decided)
-        metrics.mean("logps/chosen", logps[chosen], outcome.decided)
-        metrics.mean("logps/rejected", logps[rejected], outcome.decided)
-        is_of_chosen = batch.completion_mask[chosen] & outcome.decided[:, None]
-        metrics.mean("mean_token_accuracy", policy.is_top[chosen], is_of_chosen)
+        self._measure(answers, policy, pairs, metrics)
         metrics.mean("entropy", policy.entropy, batch.completion_mask)
         metrics.total("num_tokens", batch.num_tokens.sum())
         return loss.detach()
 
+    def _reference_logps(self, batch: TreeBatch) -> Tensor | None:
+        """(N, C) of all completions; None where no loss asks for it."""
+        if not self.settings.needs_reference:
+            return None
+        with self.base.role("reference"), torch.no_grad():
+            return self.base.token_scores(batch).per_token_logps
+
+    def _losses(self, answers: Side, pairs: Comparisons, metrics: Metrics) -> Tensor:
+        """(P,) the weighted sum of the losses; of several each goes into the metrics too."""
+        s, first, second = self.settings, answers.at(pairs.first), answers.at(pairs.second)
+        total = torch.zeros(len(pairs.first), device=self.base.device)
+        for name, coefficient in zip(s.loss, s.loss_weights or [1.0] * len(s.loss), strict=True):
+            knobs = {knob: getattr(s, knob) for knob in LOSS_KNOBS[name]}
+            losses = by_preference(partial(paired_loss(name), **knobs), first, second, pairs.preference)
+            total = total + coefficient * losses
+            if len(s.loss) > 1:
+                metrics.mean(f"loss/{name}", losses)
+        return total
+
+    @torch.no_grad()
+    def _measure(self, answers: Side, policy: TokenScores, pairs: Comparisons, metrics: Metrics) -> None:
+        """Rewards are beta times the log-ratio; without a reference, times the log-probability (or its mean)."""
+        logps, decided = answers.logps, pairs.preference != 0.5
+        if answers.ref_per_token_logps is not None:
+            rewards = self.settings.beta * answers.logratios
+        else:
+            of_tokens = BY_LENGTH.issuperset(self.settings.loss[:1])
+            rewards = self.settings.beta * (answers.per_token_mean(logps) if of_tokens else logps)
+        seen = outcome(rewards[pairs.first], rewards[pairs.second], pairs.preference)
+        metrics.mean("rewards/chosen", seen.chosen, decided)
+        metrics.mean("rewards/rejected", seen.rejected, decided)
+        metrics.mean("rewards/margins", seen.margins, decided)
+        metrics.mean("rewards/accuracies", seen.accuracies, decided)
+        chosen = torch.where(pairs.preference >= 0.5, pairs.first, pairs.second)
+        rejected = torch.where(pairs.preference >= 0.5, pairs.second, pairs.first)
+        metrics.mean("logps/chosen", logps[chosen], decided)
+        metrics.mean("logps/rejected", logps[rejected], decided)
+        metrics.mean("nll_loss", -answers.per_token_mean(logps)[chosen], decided)
+        metrics.mean("mean_token_accuracy", policy.is_top[chosen], answers.mask[chosen] & decided[:, None])
+
     # ---- before and after
 
     def check_start(self, rows: Sequence[TreeRow]) -> None:
-        assert_policy_is_reference(self.base, rows)
+        if self.settings.needs_reference:
+            assert_policy_is_reference(self.base, rows)

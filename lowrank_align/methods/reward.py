@@ -1,4 +1,7 @@
-"""Reward model: scores whose differences explain the preferences (Bradley-Terry; arXiv 2203.02155, eq. 1)."""
+"""Reward model: scores whose differences explain the preferences (Bradley-Terry; arXiv 2203.02155, eq. 1).
+
+Of rankings the mean over their comparisons, or the likelihood of the whole order (Plackett-Luce).
+"""
 
 import json
 from collections.abc import Sequence
@@ -11,11 +14,12 @@ from lowrank_align.adapters import REWARD
 from lowrank_align.base import Base
 from lowrank_align.checkpoint import write_atomic
 from lowrank_align.config import RewardSettings
-from lowrank_align.data.chat import Renderer
-from lowrank_align.data.formats import Shape
+from lowrank_align.data.chat import Rendered, Renderer
+from lowrank_align.data.formats import Row, Shape
 from lowrank_align.errors import UserError
 from lowrank_align.methods.method import Method, Metrics, Retry
 from lowrank_align.objectives.paired import bradley_terry, centring, mean_per_row
+from lowrank_align.objectives.ranked import MOST_TIED, TOO_MANY_TIES, most_tied, whole_orders
 from lowrank_align.rollout import generator_for, inference, sample
 from lowrank_align.runs import RunFolder
 from lowrank_align.trees import Completion, TreeRow, collate_comparisons
@@ -25,6 +29,12 @@ class Reward(Method[RewardSettings, TreeRow]):
     # ---- data
 
     shapes = frozenset({Shape.pair, Shape.ranking})
+
+    @staticmethod
+    def render(row: Row, renderer: Renderer, settings: RewardSettings) -> Rendered:
+        if settings.ranking == "plackett_luce" and most_tied(row.ranks or ()) > MOST_TIED:
+            return Rendered(None, TOO_MANY_TIES)
+        return renderer.tree_row(row)
 
     # ---- roles
 
@@ -45,8 +55,11 @@ class Reward(Method[RewardSettings, TreeRow]):
             scores = self.base.scores(batch)
             first, second = scores[pairs.first], scores[pairs.second]
             outcome = bradley_terry(first, second, pairs.preference, pairs.target_margin)
-            losses = outcome.loss + centring(first, second, self.settings.centering_coefficient)
-            loss = mean_per_row(losses, pairs.row_of, len(items)).sum() / weight
+            per_row = mean_per_row(outcome.loss, pairs.row_of, len(items))
+            if self.settings.ranking == "plackett_luce":
+                per_row = whole_orders(per_row, scores, batch.row_of, [row.ranks for row in items])
+            centred = centring(first, second, self.settings.centering_coefficient)
+            loss = (per_row + mean_per_row(centred, pairs.row_of, len(items))).sum() / weight
             self.backward(loss)
         metrics.mean("accuracy", outcome.accuracies, outcome.decided)
         metrics.mean("margin", outcome.margins, outcome.decided)

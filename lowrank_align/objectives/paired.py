@@ -1,11 +1,16 @@
-"""Losses on comparisons of two completions: reward models (Bradley-Terry) and DPO with its relatives.
+"""Losses on comparisons of two completions: reward models (Bradley-Terry), and DPO's, which compare with a reference.
 
 P counts comparisons. Each is between a `first` and a `second` completion, with a `preference` mu in [0, 1] that the
 first is better: 1 surely, 0.5 a tie, 0 surely not. Swapping the two and taking 1 - mu changes no loss. A single number
 for `preference` or `target_margin` holds for every comparison.
+
+A policy's loss is a function of two `Side`s, the chosen and the rejected, and of its knobs; `by_preference` brings the
+labels in. Those without a reference are in `reference_free`, contrastive preference learning in `segments`, and the
+table of all of them by name in `paired_losses`.
 """
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +18,15 @@ from torch.nn.functional import logsigmoid
 
 from lowrank_align.tensors import masked, same_shape
 
-DPOKind = Literal["sigmoid", "ipo", "hinge"]
+
+class Outcome(NamedTuple):
+    """What the scores of two completions say about a comparison, without gradient; to average over `decided`."""
+
+    chosen: Tensor  # (P,) score of the preferred completion; of the first in a tie
+    rejected: Tensor  # (P,) of the other
+    margins: Tensor  # (P,) chosen minus rejected
+    accuracies: Tensor  # (P,) 1.0 where the margin is above 0, else 0.0; 0.0 in a tie
+    decided: Tensor  # (P,) bool, False for ties: nobody is chosen there, so accuracy is undefined
 
 
 class PairedLoss(NamedTuple):
@@ -27,15 +40,47 @@ class PairedLoss(NamedTuple):
     decided: Tensor  # (P,) bool, False for ties: nobody is chosen there, so accuracy is undefined
 
 
-class DPOLoss(NamedTuple):
-    """Result of `dpo`; only `loss` carries a gradient, the rest are metrics to average over `decided`."""
+class Side(NamedTuple):
+    """What policy and reference say about one completion of each of P comparisons, of at most C tokens."""
 
-    loss: Tensor  # (P,)
-    chosen_rewards: Tensor  # (P,) implicit reward beta * logratio of the preferred completion; of the first in a tie
-    rejected_rewards: Tensor  # (P,) of the other
-    margins: Tensor  # (P,) chosen minus rejected
-    accuracies: Tensor  # (P,) 1.0 where the margin is above 0, else 0.0; 0.0 in a tie
-    decided: Tensor  # (P,) bool, False for ties: nobody is chosen there, so accuracy is undefined
+    per_token_logps: Tensor  # (P, C) log pi(y_t | x, y_<t)
+    mask: Tensor  # (P, C) 1 = the token counts
+    ref_per_token_logps: Tensor | None = None  # (P, C) the reference's; None for losses without one
+
+    @property
+    def logps(self) -> Tensor:
+        """(P,) log pi(y | x), summed over the tokens that count."""
+        return masked(self.per_token_logps, self.mask).sum(dim=-1)
+
+    @property
+    def per_token_logratios(self) -> Tensor:
+        """(P, C) log pi / ref, 0 where the mask is 0. Raises ValueError without a reference."""
+        if self.ref_per_token_logps is None:
+            raise ValueError("this loss compares with a reference, and there is none (ref_per_token_logps)")
+        same_shape(per_token_logps=self.per_token_logps, ref_per_token_logps=self.ref_per_token_logps)
+        return masked(self.per_token_logps, self.mask) - masked(self.ref_per_token_logps, self.mask)
+
+    @property
+    def logratios(self) -> Tensor:
+        """(P,) h = log pi(y | x) / ref(y | x). Raises ValueError without a reference."""
+        return self.per_token_logratios.sum(dim=-1)
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """(P,) int64, tokens that count."""
+        return self.mask.bool().sum(dim=-1)
+
+    def per_token_mean(self, sums: Tensor) -> Tensor:
+        """(P,) `sums` (P,) over the completion's tokens, divided by their number; 0 for a completion without any."""
+        return sums / self.num_tokens.clamp(min=1)
+
+    def at(self, index: Tensor) -> "Side":
+        """The completions at `index` (P,), int64."""
+        reference = None if self.ref_per_token_logps is None else self.ref_per_token_logps[index]
+        return Side(self.per_token_logps[index], self.mask[index], reference)
+
+
+# ---- reward models
 
 
 def bradley_terry(
@@ -58,7 +103,8 @@ def bradley_terry(
     """
     same_shape(score_first=score_first, score_second=score_second)
     difference = score_first - score_second - (2 * preference - 1) * target_margin
-    return PairedLoss(_cross_entropy(difference, preference), *_outcome(score_first, score_second, preference))
+    loss = -(preference * logsigmoid(difference) + (1 - preference) * logsigmoid(-difference))
+    return PairedLoss(loss, *outcome(score_first, score_second, preference))
 
 
 def centring(score_first: Tensor, score_second: Tensor, coefficient: float) -> Tensor:
@@ -71,58 +117,71 @@ def centring(score_first: Tensor, score_second: Tensor, coefficient: float) -> T
     return coefficient * (score_first + score_second) ** 2
 
 
-def dpo(
-    logps_first: Tensor,
-    logps_second: Tensor,
-    ref_logps_first: Tensor,
-    ref_logps_second: Tensor,
-    num_tokens_first: Tensor,
-    num_tokens_second: Tensor,
-    beta: float,
-    loss: DPOKind = "sigmoid",
-    label_smoothing: float = 0.0,
-    preference: Tensor | float = 1.0,
-) -> DPOLoss:
-    """Direct preference optimisation and two relatives, per comparison; all tensors (P,), `logps` summed over tokens.
+# ---- policies against a reference; h is the log-ratio, s the logistic function, all results (P,)
 
-    With the log-ratios h = logps - ref_logps, D = h_first - h_second, and mu' = mu (1 - eps) + (1 - mu) eps, where
-    eps is `label_smoothing`, the share of labels taken to be flipped (below 0.5):
 
-    sigmoid: -[mu' log s(beta D) + (1 - mu') log s(-beta D)]. Rafailov et al. 2023, arXiv 2305.18290, eq. 7; with eps
-        the conservative DPO of E. Mitchell's note, https://ericmitchell.ai/cdpo.pdf.
-    ipo: (h_first / n_first - h_second / n_second - (2 mu' - 1) / (2 beta))^2. Azar et al. 2023, arXiv 2310.12036,
-        eq. 17, with log-ratios averaged over the n tokens, as TRL 1.16 has it after asking the authors. For mu' < 1 the
-        gradient is that of the two labels' losses weighted by mu' and 1 - mu', and the loss can still reach 0.
-    hinge: mu' relu(1 - beta D) + (1 - mu') relu(1 + beta D). The form of Liu et al. 2023, arXiv 2309.06657 (after
-        SLiC-HF, arXiv 2305.10425).
+def sigmoid(chosen: Side, rejected: Side, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """DPO: -log s(beta (h_w - h_l)). Rafailov et al. 2023, arXiv 2305.18290, eq. 7. ln 2 at policy = reference.
 
-    At policy = reference: ln 2, ((2 mu' - 1) / (2 beta))^2 and 1. Rewards are beta h for all three.
-    Left out: other divergences than the reverse KL, SLiC's own term for staying near the reference, losses without one.
-    Raises ValueError for an unknown `loss`.
+    With `label_smoothing` eps, the share of labels taken to be flipped (below 0.5), the conservative DPO of E.
+    Mitchell's note, https://ericmitchell.ai/cdpo.pdf: -(1 - eps) log s(D) - eps log s(-D), D = beta (h_w - h_l); its
+    optimum is a finite margin. Left out: divergences other than the reverse KL.
     """
-    same_shape(
-        logps_first=logps_first,
-        logps_second=logps_second,
-        ref_logps_first=ref_logps_first,
-        ref_logps_second=ref_logps_second,
-        num_tokens_first=num_tokens_first,
-        num_tokens_second=num_tokens_second,
-    )
-    logratio_first, logratio_second = logps_first - ref_logps_first, logps_second - ref_logps_second
-    scaled = beta * (logratio_first - logratio_second)
-    smoothed = preference * (1 - label_smoothing) + (1 - preference) * label_smoothing
-    if loss == "sigmoid":
-        per_comparison = _cross_entropy(scaled, smoothed)
-    elif loss == "hinge":
-        per_comparison = smoothed * torch.relu(1 - scaled) + (1 - smoothed) * torch.relu(1 + scaled)
-    elif loss == "ipo":
-        # a completion without a token has a log-ratio of 0: any divisor but 0 will do
-        mean_first = logratio_first / num_tokens_first.clamp(min=1)
-        mean_second = logratio_second / num_tokens_second.clamp(min=1)
-        per_comparison = (mean_first - mean_second - (2 * smoothed - 1) / (2 * beta)) ** 2
-    else:
-        raise ValueError(f"loss: {loss!r} is no DPO loss (known: {', '.join(get_args(DPOKind))})")
-    return DPOLoss(per_comparison, *_outcome(beta * logratio_first, beta * logratio_second, preference))
+    scaled = beta * (chosen.logratios - rejected.logratios)
+    return -(1 - label_smoothing) * logsigmoid(scaled) - label_smoothing * logsigmoid(-scaled)
+
+
+def robust(chosen: Side, rejected: Side, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Robust DPO: [-(1 - eps) log s(D) + eps log s(-D)] / (1 - 2 eps), D = beta (h_w - h_l). May be negative.
+
+    An unbiased estimate of DPO's loss on clean labels, where a share eps (`label_smoothing`, below 0.5) is flipped at
+    random. Ray Chowdhury et al. 2024, arXiv 2403.00409. ln 2 at policy = reference.
+    """
+    scaled = beta * (chosen.logratios - rejected.logratios)
+    kept, flipped = (1 - label_smoothing) * logsigmoid(scaled), label_smoothing * logsigmoid(-scaled)
+    return -(kept - flipped) / (1 - 2 * label_smoothing)
+
+
+def ipo(chosen: Side, rejected: Side, *, beta: float) -> Tensor:
+    """IPO: (h_w / n_w - h_l / n_l - 1 / (2 beta))^2. Azar et al. 2023, arXiv 2310.12036, eq. 17.
+
+    Log-ratios are averaged over the n tokens, as TRL 1.16 has it after asking the authors. 1 / (4 beta^2) at
+    policy = reference.
+    """
+    difference = chosen.per_token_mean(chosen.logratios) - rejected.per_token_mean(rejected.logratios)
+    return (difference - 1 / (2 * beta)) ** 2
+
+
+def hinge(chosen: Side, rejected: Side, *, beta: float) -> Tensor:
+    """relu(1 - beta (h_w - h_l)): the form of Liu et al. 2023, arXiv 2309.06657, after SLiC-HF, arXiv 2305.10425.
+
+    1 at policy = reference. Left out: SLiC's own term for staying near the reference.
+    """
+    return torch.relu(1 - beta * (chosen.logratios - rejected.logratios))
+
+
+# ---- labels and rows
+
+
+def by_preference(
+    loss: Callable[[Side, Side], Tensor], first: Side, second: Side, preference: Tensor | float = 1.0
+) -> Tensor:
+    """mu loss(first, second) + (1 - mu) loss(second, first), (P,): the expected loss if mu is the chance of the label.
+
+    For `sigmoid` the negative log-likelihood of soft labels. A tie (0.5) gives equal shares of both ways round.
+    """
+    return preference * loss(first, second) + (1 - preference) * loss(second, first)
+
+
+def outcome(first: Tensor, second: Tensor, preference: Tensor | float = 1.0) -> Outcome:
+    """Which of two scores (P,) is of the preferred completion, and whether it is the higher."""
+    first, second = first.detach(), second.detach()
+    preference = torch.as_tensor(preference, device=first.device).expand_as(first)
+    chosen = torch.where(preference >= 0.5, first, second)
+    rejected = torch.where(preference >= 0.5, second, first)
+    decided = preference != 0.5
+    right = masked((chosen > rejected).to(first.dtype), decided)
+    return Outcome(chosen, rejected, chosen - rejected, right, decided)
 
 
 def mean_per_row(per_comparison: Tensor, row_of_comparison: Tensor, num_rows: int) -> Tensor:
@@ -134,20 +193,3 @@ def mean_per_row(per_comparison: Tensor, row_of_comparison: Tensor, num_rows: in
     same_shape(per_comparison=per_comparison, row_of_comparison=row_of_comparison)
     sums = per_comparison.new_zeros(num_rows).index_add(0, row_of_comparison, per_comparison)
     return sums / torch.bincount(row_of_comparison, minlength=num_rows).clamp(min=1)
-
-
-def _cross_entropy(difference: Tensor, preference: Tensor | float) -> Tensor:
-    """-[mu log s(difference) + (1 - mu) log s(-difference)], (P,)."""
-    return -(preference * logsigmoid(difference) + (1 - preference) * logsigmoid(-difference))
-
-
-def _outcome(
-    first: Tensor, second: Tensor, preference: Tensor | float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """chosen, rejected, margins, accuracies, decided (P,) each: the last five fields of both results."""
-    first, second = first.detach(), second.detach()
-    preference = torch.as_tensor(preference, device=first.device).expand_as(first)
-    chosen = torch.where(preference >= 0.5, first, second)
-    rejected = torch.where(preference >= 0.5, second, first)
-    decided = preference != 0.5
-    return chosen, rejected, chosen - rejected, masked((chosen > rejected).to(first.dtype), decided), decided

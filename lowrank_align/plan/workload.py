@@ -77,7 +77,7 @@ def work_of(
 ) -> Workload:
     """What a run with these settings has in memory, the longest row having so many tokens."""
     judges = len(settings.reward_runs) if isinstance(settings, OnlineSettings) else 0
-    has_reference = settings.has_reference and settings.adapter is not None
+    has_reference = settings.needs_reference and settings.adapter is not None
     trained = settings.trained_adapters
     return Workload(
         method=settings.method,
