@@ -56,6 +56,7 @@ class Voices:
     def __init__(self, base: Base) -> None:
         self._base = base
         self._roles = {BARE: BARE}
+        self._prefixes = {BARE: ""}
         self._folders: dict[Path, str] = {}
         self.active = BARE
 
@@ -68,6 +69,11 @@ class Voices:
         """The base's role that speaks."""
         return self._roles[self.active]
 
+    @property
+    def answer_prefix(self) -> str:
+        """The text before its answers that it was trained with, "" without."""
+        return self._prefixes[self.active]
+
     def use(self, name: str) -> None:
         """Let another voice speak: `base`, one that is there (its last name will do), or a run or adapter to load.
 
@@ -79,8 +85,9 @@ class Voices:
         if not known:
             folder = adapters.locate(name, "policy").resolve()
             if folder not in self._folders:
-                role = f"voice_{len(self._roles)}"
+                role, prefix = f"voice_{len(self._roles)}", adapters.answer_prefix(name)
                 self._base.add_role(role, start_from=name, trainable=False)
+                self._prefixes[name] = prefix
                 self._roles[name], self._folders[folder] = role, name
             known = [self._folders[folder]]
         self.active = known[-1]
@@ -151,8 +158,7 @@ class Spoken:
         yield text.flush()
 
     def _thought_is_open(self) -> bool:
-        end = self._base.tokenizer.decode(self.prompt_ids[-THOUGHT_OPENED_WITHIN:])
-        return str(end).rstrip().endswith(OPEN)
+        return thought_is_open(self._renderer, self.prompt_ids, len(self._renderer.prefix_ids))
 
 
 class Reply(Spoken):
@@ -182,6 +188,12 @@ class Reply(Spoken):
     def turn(self) -> Turn:
         """Question and answer as far as it got."""
         return Turn(self._question, self.text, self.finished)
+
+
+def thought_is_open(renderer: Renderer, prompt_ids: Sequence[int], prefix_tokens: int) -> bool:
+    """Whether a template opened a thought for the model; an answer prefix of so many tokens stands at the end."""
+    end = list(prompt_ids)[: len(prompt_ids) - prefix_tokens][-THOUGHT_OPENED_WITHIN:]
+    return str(renderer.tokenizer.decode(end)).rstrip().endswith(OPEN)
 
 
 def context_of(base: Base, renderer: Renderer) -> int:

@@ -117,6 +117,8 @@ class Session:
             f"{self.base.name}, {self.base.quantize}, on {self.base.device}; adapter: {self.voices.active}"
         )
         self.screen.note(f"chat template: {TEMPLATES.get(source, source)}")
+        if prefix := self.voices.answer_prefix:
+            self.screen.note(f"answers stand behind {prefix!r}, as in training")
         self.screen.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
         with contextlib.suppress(KeyboardInterrupt):  # elsewhere than in an answer, Ctrl-C leaves
             while self.going_on and (line := self.screen.read()) is not None:
@@ -139,8 +141,9 @@ class Session:
 
     def _answer(self, question: str) -> None:
         """Say the answer as it comes, and keep it; a question without an answer is taken back."""
+        renderer = self.renderer.with_prefix(self.voices.answer_prefix)
         reply = Reply(
-            self.base, self.voices.role, self.renderer, self.conversation, question, self._sampling(), self.generator
+            self.base, self.voices.role, renderer, self.conversation, question, self._sampling(), self.generator
         )
         if reply.left_out:
             turns = f"{reply.left_out} turn" + "s" * (reply.left_out > 1)
@@ -193,7 +196,8 @@ class Session:
 
     def _adapter(self, name: str) -> None:
         self.voices.use(_given(name, "/adapter RUN, or /adapter base"))
-        self.screen.note(f"(adapter: {self.voices.active})")
+        prefix = self.voices.answer_prefix
+        self.screen.note(f"(adapter: {self.voices.active}{f', answers behind {prefix!r}' * bool(prefix)})")
 
     def _adapters(self, _: str) -> None:
         marks = {True: "*", False: " "}

@@ -17,7 +17,7 @@ from lowrank_align.evaluate import parties, proof
 from lowrank_align.evaluate.proof import Say
 from lowrank_align.export import gguf, merge, ollama
 from lowrank_align.export.card import GGUF, card
-from lowrank_align.export.companions import classifier_pad, write_adapter, write_companions
+from lowrank_align.export.companions import classifier_pad, prefix_notes, write_adapter, write_companions
 from lowrank_align.export.folder import ExportFolder, check_out, check_room
 from lowrank_align.export.source import NAMES, Job, Source, find_source
 from lowrank_align.export.verify import WeightCheck, verify_weights
@@ -66,7 +66,7 @@ def _prepare(settings: ExportSettings) -> tuple[Job, Path | None, list[str]]:
     source = find_source(settings)
     out = Path(settings.out).expanduser().absolute()
     check_out(out, settings.overwrite, {"the run": source.run, "the base": source.base})
-    notes = _preset_notes(settings, source)
+    notes = [*_preset_notes(settings, source), *prefix_notes(source)]
     _refuse_combinations(settings, source)
     converter = gguf.find_converter() if settings.to == "gguf" else None
     if settings.to == "adapter" and source.renamed:

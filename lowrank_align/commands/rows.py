@@ -45,7 +45,7 @@ def generate(settings: GenerateSettings) -> None:
     _check_before(settings, "policy")
     loaded = load_rows(settings.prompts, expect={Shape.prompts})
     _tell_conversions(loaded, settings.prompts)
-    renderer = _renderer(settings)
+    renderer = _behind_prefix(settings, _renderer(settings))
     rows, prompts = _that_fit(loaded.rows, renderer, settings.max_new_tokens)
     base = _load(settings)
     generator = generator_for(base.device, settings.seed, "generate")
@@ -86,7 +86,7 @@ def score(settings: ScoreSettings) -> None:
     _check_before(settings, "reward")
     if settings.shifted and not (adapters.run_of(adapters.locate(settings.adapter)) / adapters.REWARD).is_file():
         raise UserError(f"--shifted: {settings.adapter} has no {adapters.REWARD}, so no shift; leave --shifted out")
-    rows = _rows(settings)
+    rows = _rows(settings, _renderer(settings))
     base = _load(settings)
     lines: list[dict[str, Any]] = []
     with base.role("adapter"), torch.no_grad():
@@ -97,9 +97,12 @@ def score(settings: ScoreSettings) -> None:
 
 
 def logps(settings: LogpsSettings) -> None:
-    """Write `{"logps": [one a completion], "num_tokens": [...]}`, a line a row, in nats over the trained tokens."""
+    """Write `{"logps": [one a completion], "num_tokens": [...]}`, a line a row, in nats over the trained tokens.
+
+    Of a run with an answer prefix: behind it, as its answers are asked for.
+    """
     _check_before(settings, "policy")
-    rows = _rows(settings)
+    rows = _rows(settings, _behind_prefix(settings, _renderer(settings)))
     base = _load(settings)
     lines: list[dict[str, Any]] = []
     with base.role(_role(settings)), torch.no_grad():
@@ -147,14 +150,22 @@ def _renderer(settings: ModelSettings | ShowSettings) -> Renderer:
     return renderer
 
 
-def _rows(settings: RowsSettings) -> list[Line]:
+def _behind_prefix(settings: ModelSettings, renderer: Renderer) -> Renderer:
+    """With the text before the answer that the adapter was trained with, if any."""
+    prefix = adapters.answer_prefix(settings.adapter)
+    if prefix:
+        print(f"{settings.adapter}: answers stand behind {prefix!r}, as in training")
+    return renderer.with_prefix(prefix)
+
+
+def _rows(settings: RowsSettings, renderer: Renderer) -> list[Line]:
     """Every row of the file in its place. With --skip-bad, bad ones too have a place, and their error."""
     with tempfile.TemporaryDirectory() as scratch:
         aside = Path(scratch) / "bad_rows.jsonl"
         loaded = load_rows(settings.data, expect=WITH_COMPLETIONS, skip_bad=aside if settings.skip_bad else None)
         bad = [json.loads(line)["error"] for line in aside.read_text().splitlines()] if loaded.skipped else []
     _tell_conversions(loaded, settings.data)
-    renderer, cut = _renderer(settings), 0
+    cut = 0
     good, errors = {row.index: row for row in loaded.rows}, iter(bad)
     lines: list[Line] = []
     for place in range(len(loaded.rows) + loaded.skipped):

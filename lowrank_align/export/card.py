@@ -96,8 +96,9 @@ def _training(source: Source) -> list[str]:
         if key in fields
         and key not in unused
         and value not in (None, fields[key].default)
-        and not _is_place(key, value)
+        and not any(_is_place(key, one) for one in (value if isinstance(value, list) else [value]))
     }
+    knobs = {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in knobs.items()}
     if not knobs:
         return [f"## Training\n\nWith the default settings of `{method}`.\n"]
     return _table("Training: what differs from the defaults", for_publishing(knobs))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_align import adapters, provenance
+from lowrank_align.data.formats import Row, Shape
 from lowrank_align.data.messages import Message
 from lowrank_align.errors import UserError
 from lowrank_align.export.source import NAMES, Source
@@ -43,8 +44,9 @@ def write_companions(folder: Path, source: Source, dtype: Any = None, *, states_
         _edit(folder / CONFIG, _model_config(source, _read(folder / CONFIG), dtype))
         if source.kind == "policy":
             _edit(folder / GENERATION, _generation(source))
-    if (shift := source.run / adapters.REWARD).is_file():
-        shutil.copyfile(shift, folder / adapters.REWARD)
+    for name in (adapters.REWARD, adapters.PROMPTING):
+        if (source.run / name).is_file():
+            shutil.copyfile(source.run / name, folder / name)
 
 
 def write_adapter(folder: Path, source: Source) -> None:
@@ -132,10 +134,11 @@ def _write_tokenizer_settings(folder: Path, source: Source, states_bos: bool) ->
     settings = _read(file) if file.is_file() else {}
     before = dict(settings)
     opening = "{{- bos_token }}" if _lacks_bos(source) else ""
-    if opening or renderer.template_source != "the model's own":
-        (folder / TEMPLATE).write_text(opening + renderer.template.text, encoding="utf-8")
+    if opening or renderer.answer_prefix or renderer.template_source != "the model's own":
+        text = opening + _asking_behind(renderer.template.text, renderer.answer_prefix)
+        (folder / TEMPLATE).write_text(text, encoding="utf-8")
         if "chat_template" in settings:
-            settings["chat_template"] = opening + renderer.template.text
+            settings["chat_template"] = text
     pad = classifier_pad(source) if source.kind == "reward" else None
     if pad is not None and pad != tokenizer.pad_token_id:
         settings["pad_token"] = tokenizer.convert_ids_to_tokens(pad)
@@ -143,6 +146,31 @@ def _write_tokenizer_settings(folder: Path, source: Source, states_bos: bool) ->
         settings["add_bos_token"] = adds_bos(tokenizer)
     if settings != before:
         _edit(file, settings)
+
+
+def prefix_notes(source: Source) -> list[str]:
+    """What a user of the export should know about the text before every answer, if there is one."""
+    renderer = source.renderer
+    if not renderer.answer_prefix:
+        return []
+    text = json.dumps(renderer.answer_prefix, ensure_ascii=False)
+    notes = [f"answers stand behind {text}: the chat template ends with it; behind a plain prompt, put it there"]
+    asked = [Message(role="user", content="?")]
+    whole = renderer.template.render(asked, {}, open_turn=True) + renderer.answer_prefix
+    ids = renderer.prompt_ids(Row(Shape.prompts, asked, [], where="export"))
+    bos = adds_bos(renderer.tokenizer) and not whole.startswith(renderer.tokenizer.bos_token)
+    found = renderer.tokenizer(whole, add_special_tokens=False)["input_ids"]
+    if ids != ([renderer.tokenizer.bos_token_id] if bos else []) + found:
+        notes.append("other programs cut the text before the answer into other tokens than training did")
+    return notes
+
+
+def _asking_behind(template: str, prefix: str) -> str:
+    """A chat template that writes `prefix` behind its generation prompt; Jinja reads a text as JSON writes it."""
+    if not prefix:
+        return template
+    text = json.dumps(prefix, ensure_ascii=False)
+    return template.removesuffix("\n") + "{% if add_generation_prompt %}{{ " + text + " }}{% endif %}"
 
 
 def _lacks_bos(source: Source) -> bool:

@@ -31,8 +31,10 @@ class GoTemplate:
     departures: list[str] = field(default_factory=list)
 
 
-def go_template(template: ChatTemplate, bos: str | None = None) -> GoTemplate:
+def go_template(template: ChatTemplate, bos: str | None = None, answer_prefix: str = "") -> GoTemplate:
     """Derive it. `bos` is a token that the reader puts before every prompt by itself, so it is left out here.
+
+    `answer_prefix` stands behind the generation prompt.
 
     UserError where the template refuses a conversation of one question.
     """
@@ -54,6 +56,7 @@ def go_template(template: ChatTemplate, bos: str | None = None) -> GoTemplate:
                 departures.append(f"what stands between {pair[0] or 'the beginning'} and {pair[1]} varies")
     for checked in CHECKS:
         departures += _departure(template, bos, checked, between)
+    between |= {pair: piece + answer_prefix for pair, piece in between.items() if pair[1] == END}
     return GoTemplate(_emit(between), between, list(dict.fromkeys(departures)))
 
 

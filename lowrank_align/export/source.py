@@ -128,7 +128,7 @@ def _renderer(settings: ExportSettings, model: str, record: dict[str, Any], run:
         max_length=min(int(trained.get("max_length") or context), context),
         thinking=thinking,
         thinking_if_possible=unasked,
-    )
+    ).with_prefix(adapters.answer_prefix(run))
     if record.get("template_hash") not in (None, renderer.template_hash()) and settings.chat_template is None:
         log.warning("%s: the chat template is no longer the one that %s was trained with", model, run)
     return renderer, context

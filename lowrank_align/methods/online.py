@@ -1,7 +1,7 @@
 """What the methods that sample answers share: prompts in, rollouts, what they are worth, figures about a round."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -89,7 +89,7 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
         s, device = self.settings, self.base.device
         flat = [rollout for group in groups for rollout in group]
         parts: dict[str, Tensor] = retry(
-            lambda size: self.rewards.of_trees([group_row(group) for group in groups], size), "micro_batch_size"
+            lambda size: self.rewards.of_trees([self.as_judged(group) for group in groups], size), "micro_batch_size"
         )
         if self.rewards.functions:
             prompts = [row.prompt_text for row, group in zip(rows, groups, strict=True) for _ in group]
@@ -100,6 +100,11 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
         scores = penalise_unfinished(raw, finished, s.missing_eos_penalty) - s.length_penalty * lengths
         self.measured = {f"rewards/{name}": part.mean().item() for name, part in parts.items() if len(parts) > 1}
         return Judged(scores, raw, finished, lengths)
+
+    def as_judged(self, group: Sequence[Rollout]) -> TreeRow:
+        """A prompt's rollouts for a reward model: it has never seen the text before the answer."""
+        row = group_row(group)
+        return replace(row, prompt_ids=row.prompt_ids[: len(row.prompt_ids) - len(self.renderer.prefix_ids)])
 
     @torch.no_grad()
     def logps_of(self, role: str, trees: Sequence[TreeRow], retry: Retry) -> Tensor:
@@ -146,6 +151,9 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
         return found
 
     # ---- before and after
+
+    def asked(self, row: TreeRow) -> list[int]:
+        return row.prompt_ids  # the answer prefix stands at its end already
 
     def check_start(self, rows: Sequence[TreeRow]) -> None:
         if "reference" in self.base.roles:

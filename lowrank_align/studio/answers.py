@@ -58,6 +58,7 @@ class Answer:
         self.thought = ""  # what stood between <think> and </think>, without the marks
         self.ids: list[int] = []
         self.prompt_ids: list[int] = []
+        self.prefix_tokens = 0  # of the prompt's last tokens, how many are the voice's answer prefix
         self.left_out = 0  # of the oldest turns, how many did not fit
         self.finished = False  # it ended by itself
         self.stopped = False  # somebody stopped it
@@ -140,7 +141,7 @@ def _drawn(answer: Answer, base: Base, renderer: Renderer, voices: Voices, promp
         voice = voices.voice(answer.source.voice)
         answer.adapter_hash = voice.adapter_hash
         yield
-        yield from _tokens(answer, base, renderer, voice.role, prompt)
+        yield from _tokens(answer, base, renderer.with_prefix(voice.answer_prefix), voice.role, prompt)
     except UserError as error:
         answer.error = str(error)
     except Exception as error:
@@ -160,6 +161,7 @@ def _tokens(answer: Answer, base: Base, renderer: Renderer, role: str, prompt: T
     sampling = Sampling(source.max_new_tokens, source.temperature, source.top_p)
     spoken = Spoken(base, role, renderer, ids, sampling, generator_for(base.device, answer.seed, "answer"))
     answer.prompt_ids, answer.ids = spoken.prompt_ids, spoken.ids
+    answer.prefix_tokens = len(renderer.prefix_ids)
     began = time.perf_counter()
     for piece in spoken:
         if piece.thinking:

@@ -91,6 +91,7 @@ def response_of(answer: Answer, system: str) -> Response:
         seconds=answer.seconds,
         system=system,
         prompt_ids=tuple(answer.prompt_ids),
+        prefix_tokens=answer.prefix_tokens,
         ids=tuple(answer.ids),
         left_out=answer.left_out,
     )

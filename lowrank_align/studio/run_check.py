@@ -67,7 +67,7 @@ def check_run(base: "Base", settings: TrainSettings, pace: Pace | None, left_out
         max_length=settings.max_length,
         thinking=settings.thinking,
         thinking_if_possible=from_preset(settings, "thinking"),
-    )
+    ).with_prefix(kind.answer_prefix(settings))
     with tempfile.TemporaryDirectory() as scratch:
         bad = Path(scratch) / "bad.jsonl" if settings.skip_bad else None
         rows = load_rows(settings.rows, expect=kind.shapes, skip_bad=bad).rows

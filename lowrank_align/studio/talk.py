@@ -29,6 +29,7 @@ class Response:
     seconds: float = 0.0
     system: str = ""  # the system prompt it was drawn under
     prompt_ids: tuple[int, ...] = ()
+    prefix_tokens: int = 0  # of these, how many at the end are the voice's answer prefix
     ids: tuple[int, ...] = ()
     left_out: int = 0  # oldest turns that did not fit beside it
     scores: dict[str, float] = field(default_factory=dict)  # by reward run

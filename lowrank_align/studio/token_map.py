@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lowrank_align.conversation import THOUGHT_OPENED_WITHIN
-from lowrank_align.data.stream import OPEN, TextStream, Thoughts
+from lowrank_align.conversation import thought_is_open
+from lowrank_align.data.stream import TextStream, Thoughts
 from lowrank_align.errors import UserError
 from lowrank_align.studio.talk import Response
 from lowrank_align.studio.voices import BASE
@@ -56,17 +56,22 @@ class TokenMap:
 def token_map(studio: "Studio", response: Response, reference: str = BASE) -> TokenMap:
     """How much likelier each token of an answer is for the voice that gave it than for `reference`.
 
-    One pass for each of the two. UserError where the answer has no tokens, or where a voice cannot be loaded.
+    One pass for each of the two, each behind its own answer prefix. UserError where the answer has no tokens, or where
+    a voice cannot be loaded.
     """
     if not response.ids:
         raise UserError("no model drew this answer, so there is nothing to compare token by token")
-    row = TreeRow(list(response.prompt_ids), [Completion(list(response.ids), [True] * len(response.ids))])
+    asked = list(response.prompt_ids)
+    without = asked[: len(asked) - response.prefix_tokens]
+    answer = [Completion(list(response.ids), [True] * len(response.ids))]
 
     def compare() -> tuple[list[float], list[float], bool]:
         voice, other = studio.voices.voice(response.voice), studio.voices.voice(reference)
-        batch = studio.base.collate([row])
+        own_prefix = studio.renderer.with_prefix(other.answer_prefix).prefix_ids
+        same = (other.role, other.answer_prefix) == (voice.role, voice.answer_prefix)
         logps = []
-        for role in (voice.role, other.role):
+        for role, prompt in ((voice.role, asked), (other.role, asked if same else [*without, *own_prefix])):
+            batch = studio.base.collate([TreeRow(prompt, answer)])
             with torch.no_grad(), studio.base.role(role):
                 logps.append(studio.base.token_scores(batch).per_token_logps[0].tolist())
         return logps[0], logps[1], voice.adapter_hash != response.adapter_hash
@@ -80,7 +85,7 @@ def _marks(studio: "Studio", response: Response, ours: list[float], theirs: list
     """Tokens that are no text of their own (a character's first bytes) count with the one that completes it."""
     renderer = studio.renderer
     text = TextStream(renderer.decode)
-    thoughts = Thoughts(renderer.decode(response.prompt_ids[-THOUGHT_OPENED_WITHIN:]).rstrip().endswith(OPEN))
+    thoughts = Thoughts(thought_is_open(renderer, response.prompt_ids, response.prefix_tokens))
     marks: list[Mark] = []
     our_sum = their_sum = 0.0
     for number, token in enumerate(response.ids):

@@ -244,6 +244,7 @@ class Trainer:
     def _go(self, live: LiveRun, settings: TrainSettings) -> Status:
         try:
             live.started_from = self._voice_of(settings.adapter)
+            self._studio.voices.live_prefix = method_class(settings.method).answer_prefix(settings)
         except BaseException:
             self._let_go(live)
             raise

@@ -27,6 +27,7 @@ class Voice:
     kind: Kind
     run: Path | None = None
     adapter_hash: str | None = None  # None: the bare base
+    answer_prefix: str = ""  # what stands before its answers, as in training
 
 
 class Voices:
@@ -42,6 +43,7 @@ class Voices:
         self._digests: dict[tuple[str, int, int, int], str] = {}
         self._named: dict[str, tuple[Kind, Path]] = {}
         self.live: str | None = None  # the run that trains a policy now, as its voice's hash tells
+        self.live_prefix = ""  # what that run has before its answers
         for given in named:
             run = adapters.run_of(adapters.locate(given))
             check_same_base(run, base.name, base.weights_hash)
@@ -86,7 +88,7 @@ class Voices:
         if name == LIVE:
             if self.live is None or "policy" not in self._base.roles:
                 raise UserError(f"nothing trains now, so {LIVE!r} cannot speak; choose another adapter")
-            return Voice(LIVE, "policy", "policy", adapter_hash=self.live)
+            return Voice(LIVE, "policy", "policy", adapter_hash=self.live, answer_prefix=self.live_prefix)
         if name == BASE:
             return self._loaded[BASE]
         with self._lock:
@@ -100,8 +102,9 @@ class Voices:
         if voice is None or voice.adapter_hash != digest:  # new, or trained anew under the same name
             self._numbers += 1
             role = voice.role if voice else f"voice_{self._numbers}"
+            prefix = adapters.answer_prefix(run)
             self._base.add_role(role, start_from=run, trainable=False)
-            voice = Voice(name, role, kind, run, digest)
+            voice = Voice(name, role, kind, run, digest, prefix)
         self._loaded.pop(name, None)
         self._loaded[name] = voice  # the newest in use is the last
         self._forget_unused()

@@ -38,7 +38,7 @@ def test_training_shows_what_differs_from_the_defaults(tmp_path: Path) -> None:
     )  # fmt: skip
     found = training(written(tmp_path, method="dpo", config=settings.model_dump())[1])
     rows = {line for line in found if line.startswith("| ") and "---" not in line and line != "| | |"}
-    wanted = {"| loss | ipo |", "| max_steps | 30 |", "| data | some/pairs |", "| target_modules | ['q_proj'] |"}
+    wanted = {"| loss | ipo |", "| max_steps | 30 |", "| data | some/pairs |", "| target_modules | q_proj |"}
     assert rows == wanted and found[0] == "## Training: what differs from the defaults"
 
 
