@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 KLKind = Literal["k1", "k2", "k3"]
-Reduction = Literal["token_mean", "sequence_mean_token_sum"]
+Reduction = Literal["token_mean", "sequence_mean", "sequence_mean_token_sum"]
 
 WHITEN_EPSILON = 1e-8
 
@@ -104,7 +104,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 def reduce(per_token: Tensor, mask: Tensor, how: Reduction, normaliser: Tensor | float | None = None) -> Tensor:
     """One number from `per_token` (N, T) under `mask` (N, T).
 
-    token_mean: sum over all tokens / number of tokens (every token weighs the same; the losses of SFT and PPO).
+    token_mean: sum over all tokens / number of tokens (every token weighs the same; the losses of SFT, PPO and DAPO).
+    sequence_mean: mean over each sequence's tokens, summed / number of sequences that have any (GRPO's paper).
     sequence_mean_token_sum: sum over all tokens / number of sequences that have any (KL and rewards of a completion).
 
     `normaliser` replaces the divisor: give the count over the whole accumulated batch, and the results of its
@@ -117,7 +118,8 @@ def reduce(per_token: Tensor, mask: Tensor, how: Reduction, normaliser: Tensor |
         counted = mask.bool() if how == "token_mean" else mask.bool().any(dim=-1)
         normaliser = counted.sum()
     divisor = torch.as_tensor(normaliser, device=per_token.device)
-    return masked_sum(per_token, mask) / divisor.masked_fill(divisor == 0, 1)
+    summed = masked_mean(per_token, mask, -1).sum() if how == "sequence_mean" else masked_sum(per_token, mask)
+    return summed / divisor.masked_fill(divisor == 0, 1)
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:

@@ -170,16 +170,21 @@ def test_gae_of_empty_rows_is_zero_and_carries_no_gradient():
 
 
 def test_reduce_by_hand():
-    """[1, 2, 3], [6, -, -], [-, -, -]: sum 12; of 4 tokens 3; of the 2 sequences with any 6; over a given 24 0.5."""
+    """[1, 2, 3], [6, -, -], [-, -, -]: sum 12; of 4 tokens 3; of the 2 sequences with any 6; over a given 24 0.5.
+
+    Their means are 2 and 6: of the 2 sequences 4, over a given 16 0.5.
+    """
     x, mask = tensor([1, 2, 3], [6, NAN, INF], [NAN, INF, 1]), mask_of([1, 1, 1], [1, 0, 0], [0, 0, 0])
     assert reduce(x, mask, "token_mean").item() == 3
     assert reduce(x, mask, "sequence_mean_token_sum").item() == 6
+    assert reduce(x, mask, "sequence_mean").item() == 4
+    assert reduce(x, mask, "sequence_mean", normaliser=16).item() == 0.5
     assert reduce(x, mask, "token_mean", normaliser=24).item() == 0.5
     assert reduce(x, mask, "sequence_mean_token_sum", normaliser=torch.tensor(24)).item() == 0.5
 
 
 @pytest.mark.parametrize("normaliser", [None, 0, torch.tensor(0)])
-@pytest.mark.parametrize("how", ["token_mean", "sequence_mean_token_sum"])
+@pytest.mark.parametrize("how", ["token_mean", "sequence_mean", "sequence_mean_token_sum"])
 def test_reduce_of_nothing_is_zero_with_zero_gradient(how, normaliser):
     """No token counts: 0 / 0 is taken as 0."""
     x, mask = tensor([1, NAN]), mask_of([0, 0])

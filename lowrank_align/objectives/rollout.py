@@ -1,16 +1,18 @@
-"""PPO on sampled responses: rewards per token, the clipped policy and value losses, control of the KL coefficient.
+"""Losses on sampled responses: PPO's per-token rewards, policy and value losses and KL control; GRPO's and RLOO's.
 
 N counts responses, T their tokens, padded on the right; the mask is 1 on a response's tokens, the end token included.
 """
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from lowrank_align.tensors import KLKind, kl_estimate, masked, same_shape
+from lowrank_align.tensors import KLKind, kl_estimate, masked, masked_mean, same_shape
+
+RatioKind = Literal["token", "sequence"]
 
 
 class TokenRewards(NamedTuple):
@@ -34,6 +36,16 @@ class ValueLoss(NamedTuple):
 
     loss: Tensor  # (N, T), 0 where the mask is 0
     clipped: Tensor  # (N, T) 1.0 where the clipped branch decides, else 0.0: its mean is the clip fraction
+
+
+class GroupLoss(NamedTuple):
+    """Result of `grpo_loss`, (N, T) each, and of `rloo_loss`, (N,) each; only `loss` carries a gradient."""
+
+    loss: Tensor  # 0 where the mask is 0
+    ratio: Tensor  # exp(new - old), 1 where the mask is 0
+    clipped_low: Tensor  # 1.0 where the ratio fell below the range and the advantage is negative, else 0.0
+    clipped_high: Tensor  # 1.0 where the ratio rose above the range and the advantage is positive, else 0.0
+    kl: Tensor  # estimate of KL to the reference in nats, 0 without one
 
 
 @torch.no_grad()
@@ -96,6 +108,73 @@ def ppo_value_loss(
         loss=0.5 * torch.max(unclipped_loss, clipped_loss),
         clipped=(clipped_loss > unclipped_loss).to(values.dtype),
     )
+
+
+def grpo_loss(
+    new_logps: Tensor,
+    old_logps: Tensor,
+    ref_logps: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    beta: float,
+    clip_range: float,
+    clip_range_high: float | None = None,
+    ratio: RatioKind = "token",
+) -> GroupLoss:
+    """-[min(rho A, clip(rho, 1 - eps, 1 + eps_high) A) - beta KL] per token, KL outside min and clip.
+
+    `new_logps`, `old_logps`, `ref_logps`, `mask` (N, T), `advantages` (N,) from `groups.group_advantages`. Without
+    `clip_range_high`, eps_high is `clip_range`, eps; with it, DAPO's clip-higher (Yu et al. 2025, arXiv 2503.14476,
+    eq. 8). Without `ref_logps` there is no KL term.
+    Shao et al. 2024, arXiv 2402.03300, eq. 3 and 4: KL is k3, ref/pi - log(ref/pi) - 1. rho is exp(new - old) of each
+    `token`, or, for a whole `sequence`, exp of the mean over its tokens (GSPO, Zheng et al. 2025, arXiv 2507.18071,
+    eq. 7). Reduce with token_mean (DAPO) or sequence_mean (the paper's).
+    Left out: Dr. GRPO's division by a constant length, two-sided clipping, the KL's own importance weight.
+    Raises ValueError for an unknown `ratio`.
+    """
+    if ratio not in get_args(RatioKind):
+        raise ValueError(f"ratio: {ratio!r} is no ratio (known: {', '.join(get_args(RatioKind))})")
+    same_shape(new_logps=new_logps, old_logps=old_logps, mask=mask)
+    same_shape(advantages=advantages, responses=mask.any(dim=-1))
+    log_ratio = masked(new_logps - old_logps, mask)
+    if ratio == "sequence":
+        log_ratio = masked(masked_mean(log_ratio, mask, -1)[:, None].expand_as(log_ratio), mask)
+    loss, rho, low, high = _clipped(
+        log_ratio, masked(advantages[:, None].expand_as(log_ratio), mask), clip_range, clip_range_high
+    )
+    if ref_logps is None:
+        return GroupLoss(loss, rho, low, high, torch.zeros_like(rho))
+    same_shape(new_logps=new_logps, ref_logps=ref_logps)
+    kl = kl_estimate(masked(new_logps, mask), masked(ref_logps, mask), "k3")
+    return GroupLoss(loss + beta * kl, rho, low, high, kl.detach())
+
+
+def rloo_loss(new_logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, clip_range: float) -> GroupLoss:
+    """-min(rho A, clip(rho, 1 - eps, 1 + eps) A) per response (N,), rho = exp(sum of new - old over its tokens).
+
+    `new_logps`, `old_logps`, `mask` (N, T), `advantages` (N,) from `groups.leave_one_out`, of scores from which the KL
+    was taken off already. Ahmadian et al. 2024, arXiv 2402.14740: the whole response is one action; there without ratio
+    and clip, which at the first update change nothing. The form is TRL 1.16's.
+    Left out: advantages normalised over the batch. Mean over responses.
+    """
+    same_shape(new_logps=new_logps, old_logps=old_logps, mask=mask)
+    same_shape(advantages=advantages, responses=mask.any(dim=-1))
+    log_ratio = masked(new_logps - old_logps, mask).sum(dim=-1)
+    loss, rho, low, high = _clipped(log_ratio, advantages, clip_range, None)
+    return GroupLoss(loss, rho, low, high, torch.zeros_like(rho))
+
+
+def _clipped(
+    log_ratio: Tensor, advantages: Tensor, clip_range: float, clip_range_high: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-min(rho A, clip(rho) A), rho, and where the clip decides below and above; all of `log_ratio`'s shape."""
+    least, most = 1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high)
+    ratio = log_ratio.exp()
+    loss = -torch.min(ratio * advantages, ratio.clamp(least, most) * advantages)
+    low = ((ratio < least) & (advantages < 0)).to(ratio.dtype)
+    high = ((ratio > most) & (advantages > 0)).to(ratio.dtype)
+    return loss, ratio.detach(), low, high
 
 
 def penalise_unfinished(scores: Tensor, finished: Tensor, penalty: float) -> Tensor:
