@@ -139,8 +139,9 @@ def make_method(tiny_base: Any, tmp_path: Path) -> Callable[..., Any]:
         data = write_rows(tmp_path / "rows.jsonl", rows)
         given = {"model": tiny_base.name, field: str(data), "out": str(tmp_path / "run"), "rank": 4}
         settings = resolve(METHODS[method], {**given, "max_length": 256, **knobs})
-        renderer = Renderer(tiny_base.tokenizer, max_length=settings.max_length)
         kind = method_class(method)
+        renderer = Renderer(tiny_base.tokenizer, max_length=settings.max_length)
+        renderer = renderer.with_prefix(kind.answer_prefix(settings))
         rendered = [kind.render(row, renderer, settings).tree for row in load_rows(data, expect=kind.shapes).rows]
         items = [tree for tree in rendered if tree is not None]
         tiny_base.enable_checkpointing(settings.gradient_checkpointing)
