@@ -115,11 +115,8 @@ def mismatch(rows: Sequence[TreeRow], max_length: int) -> list[TreeRow]:
     """
     if len(rows) < 2:
         return []
-    pairs = zip(rows, [rows[-1], *rows[:-1]], strict=True)
-    return [
-        TreeRow(row.prompt_ids, [_cut(other.completions[0], max_length - len(row.prompt_ids))]) for row, other in pairs
-    ]
-
-
-def _cut(completion: Completion, room: int) -> Completion:
-    return Completion(completion.ids[:room], completion.mask[:room])
+    found = []
+    for row, other in zip(rows, [rows[-1], *rows[:-1]], strict=True):
+        room, answer = max_length - len(row.prompt_ids), other.completions[0]
+        found.append(TreeRow(row.prompt_ids, [Completion(answer.ids[:room], answer.mask[:room])]))
+    return found

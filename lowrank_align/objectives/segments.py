@@ -30,9 +30,9 @@ def cpl(chosen: Side, rejected: Side, *, cpl_alpha: float, cpl_lambda: float, cp
     lambda = 1 only the difference counts, below it the likelihood of the chosen segment's actions must rise too.
     Left out: the behaviour cloning with which the paper starts (`sft` does that).
     """
-    return _contrast(
-        chosen.per_token_logps, rejected.per_token_logps, chosen, rejected, cpl_alpha, cpl_lambda, cpl_gamma
-    )
+    better = discounted_sum(chosen.per_token_logps, chosen.mask, cpl_gamma)
+    worse = discounted_sum(rejected.per_token_logps, rejected.mask, cpl_gamma)
+    return -logsigmoid(cpl_alpha * (better - cpl_lambda * worse))
 
 
 def cpl_kl(chosen: Side, rejected: Side, *, cpl_alpha: float, cpl_lambda: float, cpl_gamma: float) -> Tensor:
@@ -40,19 +40,6 @@ def cpl_kl(chosen: Side, rejected: Side, *, cpl_alpha: float, cpl_lambda: float,
 
     With lambda = gamma = 1 and one answer a segment this *is* DPO with beta = alpha.
     """
-    ratios = chosen.per_token_logratios, rejected.per_token_logratios
-    return _contrast(*ratios, chosen, rejected, cpl_alpha, cpl_lambda, cpl_gamma)
-
-
-def _contrast(
-    per_token_chosen: Tensor,
-    per_token_rejected: Tensor,
-    chosen: Side,
-    rejected: Side,
-    alpha: float,
-    lam: float,
-    gamma: float,
-) -> Tensor:
-    better = alpha * discounted_sum(per_token_chosen, chosen.mask, gamma)
-    worse = alpha * discounted_sum(per_token_rejected, rejected.mask, gamma)
-    return -logsigmoid(better - lam * worse)
+    better = discounted_sum(chosen.per_token_logratios, chosen.mask, cpl_gamma)
+    worse = discounted_sum(rejected.per_token_logratios, rejected.mask, cpl_gamma)
+    return -logsigmoid(cpl_alpha * (better - cpl_lambda * worse))
