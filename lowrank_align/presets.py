@@ -32,7 +32,7 @@ MOST_NAMES = 6  # in one line of an error
 TAKING: dict[str, type[Settings]] = METHODS | {
     name: settings for name, settings in COMMANDS.items() if "preset" in settings.model_fields
 }
-ALSO_SET = {"gradient_checkpointing", "target_modules"}
+ALSO_SET = {"gradient_checkpointing", "target_modules", "loss", "loss_weights"}
 OF_THE_RUN = {"method", "to", "rows", "seed", "eval_rows", "log_steps", "save_steps", "keep_checkpoints"}
 LINES_OF_THEIR_OWN = ("model", "thinking")
 

@@ -227,7 +227,7 @@ def test_settings_of_other_commands(own: Path) -> None:
         ("model: x\nmethods: {dpo: {overwrite: yes}}", "methods.dpo.overwrite: is said on the command line, not in"),
         (
             "model: x\nmethods: {dpo: {loss: ipo, label_smoothing: 0.1}}",
-            "methods.dpo: label_smoothing is for loss: sigmoid, not ipo",
+            "methods.dpo: label_smoothing is for loss: robust and sigmoid, not ipo",
         ),
         ("model: x\na: &a [x, x]\nnotes: *a", "not valid YAML (aliases (*name) are not taken)"),
         ("", "empty; a preset names at least a model"),
@@ -684,10 +684,12 @@ def test_training_and_showing_say_it(own: Path, tiny_llama: Path, trained: Path,
 
 # What each command takes beside its model, its rows under {rows} and the runs under {runs}.
 TAKES = {
-    "sft": "--data {rows} --out {out}",
-    "reward": "--data {rows} --out {out}",
-    "dpo": "--data {rows} --out {out}",
-    "ppo": "--prompts {rows} --out {out} --reward {runs}/reward",
+    **{name: "--data {rows} --out {out}" for name, kind in METHODS.items() if kind.rows_field == "data"},
+    **{
+        name: "--prompts {rows} --out {out} --reward {runs}/reward"
+        for name, kind in METHODS.items()
+        if kind.rows_field == "prompts"
+    },
     "show": "--data {rows}",
     "audit": "--data {rows}",
     "generate": "--prompts {rows} --out {out}.jsonl --max-new-tokens 2",

@@ -15,7 +15,7 @@ from lowrank_align.studio.curves import PANELS, points
 from lowrank_align.studio.health import Level
 from lowrank_align.studio.live_run import Status
 from lowrank_align.studio.old_runs import Resumable
-from lowrank_align.studio.run_request import KNOBS, Request, View, all_settings, follows_reward
+from lowrank_align.studio.run_request import KNOBS, Request, View, all_settings, follows_reward, losses_of
 from lowrank_align.studio.studio import Studio
 
 from .arena import compare
@@ -41,8 +41,8 @@ class Handlers:
         self.studio, self.page, self.parts = studio, page, parts
         p = parts
         self.speakers = [one for one in page.demo.blocks.values() if one.elem_id == "chat-adapter"]  # chat's own choice
-        self.asked = [p.method, p.name, p.data, p.uploaded, p.start_from, p.reward, p.more, *p.knobs]
-        self.of_method = [p.about, p.name, p.reward, p.settings, *p.knobs]
+        self.asked = [p.method, p.name, p.data, p.uploaded, p.start_from, p.reward, p.loss, p.more, *p.knobs]
+        self.of_method = [p.about, p.name, p.reward, p.loss, p.settings, *p.knobs]
         self.choices = [p.data, p.start_from, p.reward, p.resume_row, p.resume_run]
         self.live = [
             p.seen, p.plan, p.status, p.progress, p.health, p.start, p.stop, p.ended_row, p.compare, p.chat,
@@ -57,7 +57,7 @@ class Handlers:
         p.upload.upload(told(self.take_upload), [p.upload], [p.data, p.uploaded], **QUIET).then(
             told(self.check), self.asked, [p.plan], **QUIET
         )
-        for changed in (p.data, p.start_from, p.reward):
+        for changed in (p.data, p.start_from, p.reward, p.loss):
             changed.input(told(self.check), self.asked, [p.plan], trigger_mode="always_last", **QUIET)
         for typed in (p.more, p.name, *p.knobs):
             typed.blur(told(self.check), self.asked, [p.plan], trigger_mode="always_last", **QUIET)
@@ -80,6 +80,7 @@ class Handlers:
     def take_method(self, method: str, name: str | None) -> list[Any]:
         """The method's own numbers and settings; a name that was proposed is proposed anew."""
         trainer = self.studio.trainer
+        losses = losses_of(method)
         proposed = {trainer.fresh_name(other) for other in trainer.methods()} | {""}
         numbers = {knob.name: knob for knob in trainer.knobs(method)}
         knobs = [
@@ -92,6 +93,7 @@ class Handlers:
             f"{(METHODS[method].__doc__ or method).strip()}",
             trainer.fresh_name(method) if (name or "").strip() in proposed else gr.skip(),
             gr.update(visible=follows_reward(method)),
+            gr.update(choices=losses, value=losses[0] if losses else None, visible=bool(losses)),
             [list(row) for row in all_settings(method)],
             *knobs,
         ]
@@ -112,12 +114,14 @@ class Handlers:
         uploaded: str | None,
         start: str,
         reward: str | None,
+        loss: str | None,
         more: str | None,
         *knobs: Any,
     ) -> Request:
         """What the page says, as the trainer takes it."""
         numbers = dict(zip(KNOBS, knobs, strict=True))
-        return Request(method, name or "", self._chosen(data, uploaded), start, reward or None, numbers, more or "")
+        rows = self._chosen(data, uploaded)
+        return Request(method, name or "", rows, start, reward or None, loss or None, numbers, more or "")
 
     def check(self, *asked: Any) -> str:
         """What is known before a start."""

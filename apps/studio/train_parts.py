@@ -7,18 +7,33 @@ import gradio as gr
 
 from lowrank_align.data.sources import DATA_SUFFIXES
 from lowrank_align.studio.curves import PANELS
-from lowrank_align.studio.run_request import KNOBS, all_settings
+from lowrank_align.studio.run_request import KNOBS, all_settings, losses_of
 from lowrank_align.studio.studio import Studio
 
 from .manners import plain
 
 FIRST_METHOD = "dpo"  # what pairs are for
+METHOD_NAMES = {
+    "sft": "SFT, on demonstrations",
+    "reward": "Reward model, from pairs",
+    "dpo": "DPO and relatives, on pairs",
+    "kto": "KTO, on thumbs",
+    "condition": "Conditioning: good and bad answers marked",
+    "coh": "Chain of hindsight, on pairs",
+    "ppo": "PPO, with a reward",
+    "grpo": "GRPO, with a reward",
+    "rloo": "RLOO, with a reward",
+    "online-dpo": "Online DPO, with a reward",
+    "expert": "Expert iteration, with a reward",
+    "quark": "Quark, with a reward",
+}
 LABELS = {
     "epochs": "Rounds",
     "max_steps": "or steps",
     "learning_rate": "Learning rate",
     "beta": "Beta",
     "kl_coefficient": "KL coefficient",
+    "group_size": "Answers a prompt",
     "batch_size": "Batch size",
 }
 EMPTY = "No run yet. Choose a method and data on the left, look at the check, and press Start."
@@ -34,6 +49,7 @@ class Parts:
     name: Any = None
     start_from: Any = None
     reward: Any = None
+    loss: Any = None
     data: Any = None
     upload: Any = None
     uploaded: Any = None
@@ -82,10 +98,10 @@ def _resume(p: Parts) -> None:
 
 
 def _asked(p: Parts, studio: Studio) -> None:
-    names = [
-        (method.upper() if len(method) < 5 else method.capitalize(), method) for method in studio.trainer.methods()
-    ]
-    p.method = gr.Radio(names, value=FIRST_METHOD, label="Method", elem_id="train-method")
+    names = [(METHOD_NAMES.get(method, method), method) for method in studio.trainer.methods()]
+    with gr.Row():
+        p.method = gr.Dropdown(names, value=FIRST_METHOD, label="Method", elem_id="train-method")
+        p.loss = gr.Dropdown(losses_of(FIRST_METHOD), label="Loss", elem_id="train-loss")
     p.about = plain("train-about", max_lines=3)
     with gr.Row():
         p.data = gr.Dropdown([], label="Data", elem_id="train-data", scale=3)

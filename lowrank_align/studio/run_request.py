@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from lowrank_align.config import METHODS, TrainSettings, parse_yaml, resolve
 from lowrank_align.config.knobs import kinds
@@ -25,12 +25,14 @@ KNOBS = (
     "learning_rate",
     "beta",
     "kl_coefficient",
+    "group_size",
     "batch_size",
 )  # those with a field of their own
 OF_THE_STUDIO = ("preset", "device", "dtype", "attention", "chat_template", "thinking")  # a run takes them over
 OF_THE_BASE = ("quantize", "dtype", "attention")
 OF_THE_PAGE = ("resume", "overwrite")
-ALSO_SET = ("target_modules",)
+ALSO_SET = ("target_modules", "loss_weights", "reward_weights")
+LOSS = "loss"  # chosen from a list of its own
 MORE = "more settings"  # what the page calls the YAML
 LONGEST_YAML, LONGEST_NAME = 20_000, 60
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -54,6 +56,7 @@ class Request:
     data: View | Path = View()
     start: str = BASE  # the voice it starts from
     reward: str | None = None  # the reward run to follow, for methods that follow one
+    loss: str | None = None  # for methods that have several; None: the default
     knobs: Mapping[str, float | int | None] = field(default_factory=dict)
     more: str = ""  # YAML
 
@@ -94,6 +97,16 @@ def follows_reward(method: str) -> bool:
     return "reward" in METHODS[method].model_fields
 
 
+def losses_of(method: str) -> list[str]:
+    """The losses that the method can take, its default first; empty where it has no choice."""
+    info = METHODS[method].model_fields.get(LOSS)
+    if info is None:
+        return []
+    default = info.default[0] if isinstance(info.default, list) else info.default
+    annotation = get_args(info.annotation)[0] if isinstance(info.default, list) else info.annotation
+    return [default, *(name for name in get_args(annotation) if name != default)]
+
+
 def preset_of(studio: "Studio") -> str | None:
     """The studio's preset, else the one that was written for its model; None where there is none."""
     if studio.settings.preset:
@@ -115,6 +128,8 @@ def settings_of(studio: "Studio", request: Request, rows: Path, count: int) -> T
     given |= {"out": str(studio.runs / request.name), kind.rows_field: str(rows), "adapter": _run_of(studio, request)}
     if follows_reward(request.method):
         given["reward"] = _reward_of(studio, request)
+    if request.loss and losses_of(request.method):
+        given[LOSS] = request.loss
     given |= {name: value for name, value in request.knobs.items() if name in kind.model_fields and value is not None}
     given |= more
     if "auto" not in more and "force" not in more:
@@ -189,7 +204,7 @@ def _read_more(text: str, kind: type[TrainSettings]) -> dict[str, Any]:
 
 def _refused(name: str, kind: type[TrainSettings]) -> str | None:
     """Why the page's YAML may not set a setting; None where it may."""
-    if name in KNOBS:
+    if name in (*KNOBS, LOSS):
         return "has a field of its own above; set it there"
     if name in OF_THE_BASE:
         return "is the base's, which is loaded already; start the studio with it"

@@ -26,7 +26,7 @@ def tab(studio: Any) -> Handlers:
 def asked(tab: Handlers, name: str = "first", data: str = "everything", **numbers: Any) -> list[Any]:
     """What a page sends with Start."""
     given = {"max_steps": 2, "batch_size": 2} | numbers
-    return ["dpo", name, data, None, "base", None, None, *(given.get(knob) for knob in KNOBS)]
+    return ["dpo", name, data, None, "base", None, None, None, *(given.get(knob) for knob in KNOBS)]
 
 
 def pairs(studio: Any) -> None:
@@ -90,13 +90,26 @@ def test_an_upload_counts_only_from_the_folder_of_uploads(tab: Handlers, studio:
 
 
 def test_a_method_brings_its_numbers_and_a_typed_name_stays(tab: Handlers) -> None:
-    about, name, reward, settings, *knobs = tab.take_method("ppo", "dpo-1")
+    about, name, reward, loss, settings, *knobs = tab.take_method("ppo", "dpo-1")
     assert about.startswith("Proximal policy optimisation") and name == "ppo-1" and reward["visible"]
     shown = {knob: update for knob, update in zip(KNOBS, knobs, strict=True)}
     assert shown["kl_coefficient"]["value"] == 0.05 and not shown["beta"]["visible"]
     assert shown["batch_size"]["precision"] == 0 and shown["learning_rate"]["precision"] is None
     assert "max_new_tokens" in [row[0] for row in settings]
     assert tab.take_method("sft", "mine")[1] == gr.skip()
+    assert not loss["visible"] and not shown["group_size"]["visible"]
+
+
+def test_a_loss_is_chosen_where_there_are_several(tab: Handlers, studio: Any) -> None:
+    pairs(studio)
+    loss = tab.take_method("dpo", "")[3]
+    assert loss["visible"] and loss["value"] == "sigmoid" and "simpo" in loss["choices"]
+    assert tab.take_method("online-dpo", "")[3]["choices"] == ["sigmoid", "ipo", "hinge"]
+    words = asked(tab)
+    words[6] = "hinge"
+    tab.start(*words)
+    assert studio.trainer.wait(120)
+    assert "loss:\n- hinge" in (studio.runs / "first" / "config.yaml").read_text()
 
 
 def test_a_bar_needs_a_run() -> None:

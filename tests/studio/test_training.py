@@ -109,7 +109,7 @@ def test_ppo_follows_a_reward_run(studio: Any) -> None:
     asked = request("ppo", "follows", more="max_new_tokens: 4\nppo_epochs: 1\nrank: 2")
     status = finish(studio, asked)  # the only reward run need not be named
     assert status.state == "finished", status.sentence
-    assert read_yaml("runs/follows/config.yaml")["reward"] == "runs/taste"
+    assert read_yaml("runs/follows/config.yaml")["reward"] == ["runs/taste"]
     assert studio.voices.rewards() == ["taste"] and "follows" in studio.voices.names()
     assert "objective/kl" in studio.trainer.figures[0]
     assert set(studio.base.roles) == {"base"}
