@@ -234,9 +234,20 @@ def _try_out(command: str, settings: type[Settings], common: dict[str, Any], own
         settings(**required | values)
     except ValidationError as error:
         key, problem = first_problem(error)
+        if not key and _lacks_more(settings, required):
+            return
         key = key.split(".")[0]
         place = f"settings.{key}: for {command}" if key in common and key not in own else f"methods.{command}"
         raise ValueError(f"{place}{f'.{key}' if key and key not in place else ''}: {problem}") from None
+
+
+def _lacks_more(settings: type[Settings], required: dict[str, Any]) -> bool:
+    """Whether the command also asks for one of several settings, which its user gives and no preset does."""
+    try:
+        settings(**required)
+    except ValidationError:
+        return True
+    return False
 
 
 def _problem(error: ValidationError) -> str:
