@@ -187,7 +187,7 @@ class Base:
 
     def hidden_states(self, batch: TreeBatch) -> Tensor:
         """(R, T, H) the last hidden states under the active role."""
-        if batch.layout == "tree":
+        if batch.layout == "tree" or batch.hidden is not None:
             inputs = {"attention_mask": self._tree_mask(batch), "position_ids": batch.position_ids}
         else:
             inputs = {"attention_mask": (batch.segment_ids >= 0).long()}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +52,23 @@ def choose_layout(base: Base) -> Layout:
         reason = f"its layers carry state from one completion to the next (leak {leak:.1e}, gap {gap:.1e} nats)"
     log.warning("%s: uses flat rows: %s", base.name, reason)
     return "flat"
+
+
+@torch.no_grad()
+def hides_tokens(base: Base) -> bool:
+    """Whether a token can be hidden from the later ones: another in its place makes no difference to them.
+
+    Layers with a recurrent state remember what attention is not allowed to see.
+    """
+    ids = _random_ids(base, 3)
+    here = len(ids[0]) // 2
+    marks = [i == here for i in range(PROBE_TOKENS)]
+    rows = [_row([*ids[0][:here], other, *ids[0][here + 1 :]], [ids[1]]) for other in (ids[0][here], ids[2][0])]
+    try:
+        said = [_logps(base, replace(row, prompt_hidden=marks), base.layout) for row in rows]
+    except (AttributeError, ValueError, TypeError, RuntimeError, KeyError):
+        return False
+    return (said[0] - said[1]).abs().max().item() <= min(_tolerance(base), 1e-4)
 
 
 @torch.no_grad()

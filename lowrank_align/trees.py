@@ -24,6 +24,7 @@ class Completion:
 
     ids: list[int]
     mask: list[bool]  # same length as ids
+    hidden: Sequence[bool] = ()  # tokens that no later one sees, where any are
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class TreeRow:
     comparisons: tuple[Comparison, ...] = ()
     index: int = 0
     prompt_text: str = ""  # for reward functions and samples
+    prompt_hidden: Sequence[bool] = ()  # tokens of the prompt that no later one sees, where any are
     label: bool | None = None  # of an unpaired row: whether its completion is good
 
     @property
@@ -76,6 +78,7 @@ class TreeBatch:
     completion_mask: Tensor  # (N, C) bool: the token counts
     row_of: Tensor  # (N,) the tree row that each completion belongs to
     layout: Layout
+    hidden: Tensor | None = None  # (R, T) bool: no later token sees this one; None where none is
 
     def to(self, device: torch.device | str) -> "TreeBatch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -99,7 +102,7 @@ def collate(rows: Sequence[TreeRow], layout: Layout = "tree", pad_id: int = 0) -
     lines: list[_Line] = []
     for number, row in enumerate(rows):
         groups = [row.completions] if layout == "tree" else [[c] for c in row.completions]
-        lines += [_Line(row.prompt_ids, group, number) for group in groups]
+        lines += [_Line(row.prompt_ids, group, number, row.prompt_hidden) for group in groups]
     width = max(len(line.prompt) + sum(len(c.ids) for c in line.completions) for line in lines)
     longest = max(len(c.ids) for line in lines for c in line.completions)
     count = sum(len(line.completions) for line in lines)
@@ -145,6 +148,7 @@ def collate(rows: Sequence[TreeRow], layout: Layout = "tree", pad_id: int = 0) -
         completion_mask,
         row_of,
         layout,
+        _hidden(lines, width),
     )
 
 
@@ -173,13 +177,15 @@ def collate_comparisons(rows: Sequence[TreeRow], device: torch.device | str = "c
 def attention_mask(batch: TreeBatch, window: int | None = None) -> Tensor:
     """(R, 1, T, T) bool, True = may attend: not later, same row, on the prompt or on its own completion.
 
-    `window` cuts by *position* distance, as a sliding-window layer would on the separate row. Padding attends to
-    itself alone, since a row of the mask without any True gives NaN.
+    `window` cuts by *position* distance, as a sliding-window layer would on the separate row. Hidden tokens are seen by
+    themselves alone. Padding attends to itself alone, since a row of the mask without any True gives NaN.
     """
     segment, position = batch.segment_ids, batch.position_ids
     query, key = segment[:, :, None], segment[:, None, :]
     column = torch.arange(segment.shape[1], device=segment.device)
     mask = (column[:, None] >= column[None, :]) & ((key == PROMPT) | (key == query)) & (query != PADDING)
+    if batch.hidden is not None:
+        mask &= ~batch.hidden[:, None, :]
     if window is not None:
         mask &= position[:, :, None] - position[:, None, :] < window
     mask |= torch.eye(segment.shape[1], dtype=torch.bool, device=segment.device)
@@ -191,3 +197,15 @@ class _Line:
     prompt: list[int]
     completions: list[Completion]
     row: int
+    prompt_hidden: Sequence[bool]
+
+
+def _hidden(lines: Sequence[_Line], width: int) -> Tensor | None:
+    if not any(any(line.prompt_hidden) or any(any(c.hidden) for c in line.completions) for line in lines):
+        return None
+    found = torch.zeros(len(lines), width, dtype=torch.bool)
+    for r, line in enumerate(lines):
+        parts = [(line.prompt, line.prompt_hidden), *((c.ids, c.hidden) for c in line.completions)]
+        marks = [mark for ids, hidden in parts for mark in (hidden or [False] * len(ids))]
+        found[r, : len(marks)] = torch.tensor(marks)
+    return found

@@ -1,10 +1,13 @@
 """A row's tokens put together: what completions share, where they end, what stands before them, how they compare."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import takewhile
 
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.trees import Comparison, Completion
+
+TIE = "a tie: no answer is the better one"
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
@@ -41,3 +44,16 @@ def became_equal(row: Row, completions: Sequence[Completion], comparisons: Seque
     if any(c.preference != 0.5 and completions[c.first] == completions[c.second] for c in comparisons):
         return True
     return row.shape is Shape.pair and completions[0] == completions[1]
+
+
+def best_and_worst(row: Row) -> Row | None:
+    """The better and the worse answer of a pair, or the best and the worst of a ranking (of equal ones the first), as a
+    sure pair; None where it is a tie."""
+    if row.ranks is not None:
+        best, worst = row.ranks.index(min(row.ranks)), row.ranks.index(max(row.ranks))
+    else:
+        best, worst = (0, 1) if row.preference > 0.5 else (1, 0)
+    if best == worst or (row.ranks is None and row.preference == 0.5):
+        return None
+    answers = [row.completions[best], row.completions[worst]]
+    return replace(row, shape=Shape.pair, completions=answers, ranks=None, preference=1.0)

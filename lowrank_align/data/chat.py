@@ -161,7 +161,7 @@ class Renderer:
         except UserError as error:
             raise UserError(f"{row.where}: {_field(row)}: {error}") from None
         if not row.finished:
-            whole = [self._without_end(completion) for completion in whole]
+            whole = [self.without_end(completion) for completion in whole]
         rooms = [self.max_length - prompt_length - len(ids) for ids in before]
         if not all(any(completion.mask) for completion in whole):
             return Rendered(None, NOTHING_TRAINED, notes=notes)
@@ -213,7 +213,7 @@ class Renderer:
         """The chat template, for what is exported with a model."""
         return self._template
 
-    def _without_end(self, completion: Completion) -> Completion:
+    def without_end(self, completion: Completion) -> Completion:
         """Less the end tokens behind it: the text goes on, it was only cut."""
         length = len(completion.ids)
         while length and completion.ids[length - 1] in self.end_ids:

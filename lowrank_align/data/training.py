@@ -40,11 +40,16 @@ def training_rows(
     row otherwise, where no row remains, and where the rows would not train the end of an answer.
     """
     held_out_bad = bad_rows.with_name(f"eval_{bad_rows.name}")
-    loaded = load_rows(settings.rows, expect=shapes, skip_bad=bad_rows if settings.skip_bad else None)
+    segments = settings.compares_segments
+    loaded = load_rows(
+        settings.rows, expect=shapes, skip_bad=bad_rows if settings.skip_bad else None, segments=segments
+    )
     _tell_loaded(loaded, settings.rows, bad_rows, tell)
     train, held_out = loaded.rows, list[Row]()
     if settings.eval_data is not None:
-        other = load_rows(settings.eval_data, expect=shapes, skip_bad=held_out_bad if settings.skip_bad else None)
+        other = load_rows(
+            settings.eval_data, expect=shapes, skip_bad=held_out_bad if settings.skip_bad else None, segments=segments
+        )
         _tell_loaded(other, settings.eval_data, held_out_bad, tell)
         held_out = other.rows
     elif settings.eval_rows:
@@ -77,7 +82,8 @@ def _pretrain_rows(
     skip_bad = bad_rows if settings.skip_bad else None
     loaded = load_rows(source, expect={Shape.demonstration}, skip_bad=skip_bad)
     _tell_loaded(loaded, source, bad_rows, tell)
-    rendered = render_all(renderer.tree_row, loaded.rows, skip_bad=skip_bad)
+    plain = renderer.with_prefix("")  # texts are no answers
+    rendered = render_all(plain.tree_row, loaded.rows, skip_bad=skip_bad)
     _tell_rendered(rendered, len(loaded.rows), source, settings.max_length, bad_rows, tell)
     tell(f"keeping up the likelihood of {len(rendered.tree_rows)} rows of {source}")
     return rendered, loaded.sha256

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from lowrank_align.config import ConditionSettings
+from lowrank_align.data.assembly import TIE, best_and_worst
 from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.methods.method import Method, Metrics
 from lowrank_align.objectives.completion import nll
 from lowrank_align.tensors import reduce
 from lowrank_align.trees import TreeRow
-
-TIE = "a tie: no answer is the better one"
 
 
 class Condition(Method[ConditionSettings, TreeRow]):
@@ -43,16 +42,9 @@ class Condition(Method[ConditionSettings, TreeRow]):
         if row.shape is Shape.unpaired:
             rendered = renderer.tree_row(row, [settings.good_text if row.label else settings.bad_text])
             return replace(rendered, tree=rendered.tree and replace(rendered.tree, label=row.label))
-        best, worst = best_and_worst(row)
-        if best == worst:
+        pair = best_and_worst(row)
+        if pair is None:
             return Rendered(None, TIE)
-        pair = replace(
-            row,
-            shape=Shape.pair,
-            completions=[row.completions[best], row.completions[worst]],
-            ranks=None,
-            preference=1.0,
-        )
         return renderer.tree_row(pair, [settings.good_text, settings.bad_text])
 
     # ---- roles
@@ -84,13 +76,3 @@ class Condition(Method[ConditionSettings, TreeRow]):
         metrics.mean("entropy", policy.entropy, mask)
         metrics.total("num_tokens", batch.num_tokens.sum())
         return loss.detach()
-
-
-def best_and_worst(row: Row) -> tuple[int, int]:
-    """The places of the better and the worse answer of a pair, or of the best and the worst of a ranking; of equal
-    ones the first. The same place twice where there is no difference."""
-    if row.ranks is not None:
-        return row.ranks.index(min(row.ranks)), row.ranks.index(max(row.ranks))
-    if row.preference == 0.5:
-        return 0, 0
-    return (0, 1) if row.preference > 0.5 else (1, 0)

@@ -26,6 +26,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "sft": [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in PAIRS],
     "reward": PAIRS,
     "dpo": PAIRS,
+    "coh": PAIRS,
     "ppo": [{"prompt": pair["prompt"]} for pair in PAIRS],
 }
 STEPS = {"max_steps": 5, "batch_size": 4, "learning_rate": 5e-3, "sample_steps": 2, "sample_tokens": 6}
@@ -33,6 +34,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "sft": {"lora_dropout": 0.2, "eval_rows": 2, "eval_steps": 2, "warmup_ratio": 0.4},
     "reward": {"lora_dropout": 0.2, "gradient_checkpointing": True},
     "dpo": {"lr_schedule": "cosine"},
+    "coh": {"hidden_tokens": 0.3},
     "ppo": {"target_kl": 0.01, "kl_horizon": 4, "max_new_tokens": 8, "minibatches": 2, "ppo_epochs": 2},
 }
 METHODS = list(ROWS)

@@ -40,7 +40,9 @@ def length_bias(rows: Sequence[Row], lengths: Mapping[int, Sequence[int]]) -> Le
     choices = longer = equal = better_tokens = worse_tokens = 0
     for row in rows:
         tokens = lengths.get(row.index, ())
-        for better, worse in decided(row) if tokens else ():
+        if len(tokens) != len(row.completions):  # a method may join them, or take two of a ranking
+            continue
+        for better, worse in decided(row):
             choices += 1
             longer += tokens[better] > tokens[worse]
             equal += tokens[better] == tokens[worse]
