@@ -16,9 +16,9 @@ FIRST_METHOD = "dpo"  # what pairs are for
 METHOD_NAMES = {
     "sft": "SFT, on demonstrations",
     "reward": "Reward model, from pairs",
-    "dpo": "DPO and relatives, on pairs",
+    "dpo": "DPO, on pairs",
     "kto": "KTO, on thumbs",
-    "condition": "Conditioning: good and bad answers marked",
+    "condition": "Conditioning, on pairs or thumbs",
     "coh": "Chain of hindsight, on pairs",
     "ppo": "PPO, with a reward",
     "grpo": "GRPO, with a reward",
@@ -100,8 +100,8 @@ def _resume(p: Parts) -> None:
 def _asked(p: Parts, studio: Studio) -> None:
     names = [(METHOD_NAMES.get(method, method), method) for method in studio.trainer.methods()]
     with gr.Row():
-        p.method = gr.Dropdown(names, value=FIRST_METHOD, label="Method", elem_id="train-method")
-        p.loss = gr.Dropdown(losses_of(FIRST_METHOD), label="Loss", elem_id="train-loss")
+        p.method = gr.Dropdown(names, value=FIRST_METHOD, label="Method", elem_id="train-method", scale=3)
+        p.loss = gr.Dropdown(losses_of(FIRST_METHOD), label="Loss", elem_id="train-loss", scale=2)
     p.about = plain("train-about", max_lines=3)
     with gr.Row():
         p.data = gr.Dropdown([], label="Data", elem_id="train-data", scale=3)
