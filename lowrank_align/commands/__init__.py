@@ -11,6 +11,7 @@ from lowrank_align.errors import EXIT_DONE
 
 FILES = {
     "generate": "rows",
+    "eval": "eval",
     "score": "rows",
     "logps": "rows",
     "show": "rows",

@@ -27,6 +27,7 @@ from lowrank_align.config.data import (
     DataImportSettings,
     DataStatsSettings,
 )
+from lowrank_align.config.evaluation import EvalSettings
 from lowrank_align.config.knobs import ModelSettings, Settings
 from lowrank_align.config.methods import METHODS
 from lowrank_align.config.offline import (
@@ -65,6 +66,7 @@ __all__ = [
     "DataImportSettings",
     "DataStatsSettings",
     "DoctorSettings",
+    "EvalSettings",
     "ExpertSettings",
     "ExportSettings",
     "GRPOSettings",

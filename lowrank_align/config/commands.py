@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from lowrank_align.config.evaluation import EvalSettings
 from lowrank_align.config.knobs import Coefficient, ModelSettings, Positive, Settings
 
 
@@ -230,6 +231,7 @@ COMMANDS: dict[str, type[Settings]] = {
     "show": ShowSettings,
     "generate": GenerateSettings,
     "chat": ChatSettings,
+    "eval": EvalSettings,
     "score": ScoreSettings,
     "logps": LogpsSettings,
     "export": ExportSettings,

@@ -1,0 +1,201 @@
+"""A reward run on held-out comparisons, perplexity on held-out text, and people beside judges."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lowrank_align.base import Base
+from lowrank_align.data.chat import Renderer
+from lowrank_align.data.formats import Row
+from lowrank_align.errors import UserError
+from lowrank_align.evaluate.answers import answer_text, conversation_text, prompt_text, summed_logps
+from lowrank_align.evaluate.chat_judge import ChatJudge, Question
+from lowrank_align.evaluate.people import People, Siding, Vote, siding
+from lowrank_align.evaluate.report import Report, Table, agreed, all_rows, figure, listed, many, share
+from lowrank_align.evaluate.reward_quality import RewardQuality, ScoredPair, reward_quality
+from lowrank_align.rewards import RewardFunction, Rewards
+from lowrank_align.trees import TreeRow
+
+# ---- a reward run on pairs
+
+
+def scored_pairs(
+    rewards: Rewards, run: str, renderer: Renderer, rows: Sequence[Row], by: str | None, size: int
+) -> tuple[list[ScoredPair], list[tuple[int, float]], Counter[str]]:
+    """Every comparison of pairs and rankings with the run's scores, (tokens, score) of every answer, what was left out.
+
+    UserError where nothing is left, or where no row has the column `by`.
+    """
+    if by is not None and not any(by in row.extra for row in rows):
+        there = sorted({name for row in rows for name in row.extra})
+        raise UserError(f"--by {by}: no row has this column (others: {', '.join(there) or 'none'})")
+    left_out: Counter[str] = Counter()
+    kept: list[tuple[Row, TreeRow]] = []
+    for row in rows:
+        rendered = renderer.tree_row(row)
+        left_out[str(rendered.dropped)] += rendered.tree is None
+        if rendered.tree is not None:
+            kept.append((row, rendered.tree))
+    scores = iter(rewards.of_trees([tree for _, tree in kept], size)[run].tolist() if kept else [])
+    pairs: list[ScoredPair] = []
+    points: list[tuple[int, float]] = []
+    for row, tree in kept:
+        mine = [(len(completion.ids), next(scores)) for completion in tree.completions]
+        points += mine
+        for comparison in tree.comparisons:
+            if comparison.preference == 0.5:
+                left_out["a tie"] += 1
+                continue
+            sides = (comparison.first, comparison.second)
+            better, worse = sides if comparison.preference > 0.5 else reversed(sides)
+            groups = _groups(row.extra.get(by)) if by is not None else ()
+            pairs.append(ScoredPair(mine[better][1], mine[worse][1], mine[better][0], mine[worse][0], groups))
+    if not pairs:
+        raise UserError(f"--data: nothing to compare is left: {listed(left_out)}")
+    return pairs, points, left_out
+
+
+def report_reward(
+    report: Report,
+    run: str,
+    pairs: Sequence[ScoredPair],
+    left_out: Mapping[str, int],
+    by: str | None = None,
+    notes: Sequence[str] = (),
+) -> RewardQuality:
+    """Accuracy, calibration and what length does, into the report."""
+    found = reward_quality(pairs)
+    rows = [
+        ("right order", share(found.accuracy)),
+        ("  where the better answer is longer", share(found.better_longer)),
+        ("  where it is shorter", share(found.better_shorter)),
+        *((f"  {by}: {name}", share(rate)) for name, rate in found.by_group.items()),
+        ("mean margin, better less worse", figure(found.mean_margin)),
+        ("calibration error (ECE)", figure(found.calibration_error)),
+        ("Brier score (0.25 is a coin)", figure(found.brier)),
+        ("correlation of score and length", figure(found.length_correlation, 2)),
+        ("correlation of margin and length difference", figure(found.margin_correlation, 2)),
+    ]
+    said = [f"left out: {listed(left_out)}"] * bool(listed(left_out))
+    said += ["right order: the better answer has the higher score; calibration is of s(margin)", *notes]
+    confidences = [
+        (f"{b.low:.2f}-{b.high:.2f}", str(b.count), figure(b.confidence), figure(b.accuracy))
+        for b in found.bins
+        if b.count
+    ]
+    report.add(
+        "reward",
+        {"run": run, "comparisons": len(pairs), "left_out": dict(+Counter(left_out)), "quality": found},
+        all_rows(f"Reward run {run}, on {many(len(pairs), 'comparison')}", rows, *said),
+        Table("How sure it is, and how often right", ("confidence", "comparisons", "mean", "right"), confidences),
+    )
+    return found
+
+
+def _groups(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ("(without)",)
+    return tuple(map(str, value)) if isinstance(value, list) else (str(value),)
+
+
+# ---- perplexity
+
+
+def report_perplexity(
+    report: Report,
+    base: Base,
+    voices: Sequence[tuple[str, str, Renderer]],
+    rows: Sequence[Row],
+    size: int,
+) -> None:
+    """exp of the mean nats a token over all trained tokens of `rows`; `voices`: name, role, renderer of each."""
+    figures: dict[str, Any] = {}
+    lines, left_out = [], Counter[str]()
+    for name, role, renderer in voices:
+        rendered = [renderer.tree_row(row) for row in rows]
+        left_out = Counter(str(r.dropped) for r in rendered if r.tree is None)
+        trees = [r.tree for r in rendered if r.tree is not None]
+        if not trees:
+            raise UserError(f"--perplexity-data: no row is left: {listed(left_out)}")
+        cut = sum(r.truncated_tokens > 0 for r in rendered)
+        left_out |= Counter({"rows cut at max_length": cut} if cut else {})
+        logps, tokens = summed_logps(base, role, trees, size)
+        nats = -sum(logps) / sum(tokens)
+        perplexity = math.exp(nats) if nats < 700 else math.inf
+        figures[name] = {"perplexity": perplexity, "nats_per_token": nats, "tokens": sum(tokens), "rows": len(trees)}
+        lines.append((name, figure(perplexity, 2), figure(nats), str(sum(tokens))))
+    notes = [f"left out or cut: {listed(left_out)}"] * bool(left_out)
+    table = Table("Perplexity", ("", "perplexity", "nats a token", "tokens"), lines, tuple(notes))
+    report.add("perplexity", figures, table)
+
+
+# ---- people
+
+
+def report_people(report: Report, found: People) -> None:
+    """How far people agree with each other."""
+    alpha = figure(found.together.alpha, 2)
+    rows = [("all who judged the same", agreed(found.together)), ("Krippendorff's alpha", alpha)]
+    rows += [(f"  {names}", agreed(two)) for names, two in found.by_two.items()] if len(found.by_two) > 1 else []
+    said = ", ".join(f"{count} by {name}" for name, count in found.judgements.items())
+    notes = [f"judgements: {said}; alpha: 1 always, 0 as by chance"]
+    notes += ["nobody has judged what another has judged"] * (not found.together.comparisons)
+    report.add("people", found, all_rows("People with each other", rows, *notes))
+
+
+def runs_and_votes(
+    rewards: Rewards, renderer: Renderer, votes: Sequence[Vote], size: int, left_out: Counter[str]
+) -> dict[str, Siding]:
+    """By reward run, how often it sides with the votes; those that cannot be tokenised are left out and counted."""
+    kept, trees = [], []
+    for vote in votes:
+        try:
+            tree = renderer.tree_row(vote.row).tree
+        except UserError:  # what this model's template refuses
+            tree = None
+        left_out["not to be read by the reward run"] += tree is None
+        if tree is not None:
+            kept.append(vote)
+            trees.append(tree)
+    if not trees:
+        raise UserError("--store: no vote can be read by the reward run; raise --max-length")
+    scored = rewards.of_trees(trees, size)
+    return {run: siding(kept, (scores[0::2] - scores[1::2]).tolist()) for run, scores in scored.items()}
+
+
+def functions_and_votes(functions: Mapping[str, RewardFunction], votes: Sequence[Vote]) -> dict[str, Siding]:
+    """By function of the user's, how often it sides with the votes."""
+    prompts = [prompt_text(vote.row.prompt) for vote in votes]
+    better, worse = ([answer_text(vote.row.completions[side]) for vote in votes] for side in (0, 1))
+    return {
+        name: siding(votes, [a - b for a, b in zip(of(prompts, better), of(prompts, worse), strict=True)])
+        for name, of in functions.items()
+    }
+
+
+def addresses_and_votes(
+    judges: Sequence[ChatJudge], votes: Sequence[Vote], left_out: Counter[str]
+) -> dict[str, Siding]:
+    """By judge behind an address, how often it sides with the votes; a tie of its own counts half."""
+    found = {}
+    asked = [Question(conversation_text(vote.row.prompt), *map(answer_text, vote.row.completions)) for vote in votes]
+    for judge in judges:
+        outcomes = judge.compare(asked)
+        sided = [(vote, outcome - 0.5) for vote, outcome in zip(votes, outcomes, strict=True) if outcome is not None]
+        left_out["without a verdict"] += len(votes) - len(sided)
+        found[f"{judge.model} at {judge.address}"] = siding([v for v, _ in sided], [m for _, m in sided])
+    return found
+
+
+def report_siding(report: Report, found: Mapping[str, Siding], left_out: Mapping[str, int]) -> None:
+    """How often judges side with people: all votes, by annotator, by the tags that votes carry."""
+    rows: list[tuple[str, str]] = []
+    for name, sided in found.items():
+        rows.append((name, share(sided.together)))
+        rows += [(f"  with {who}", share(rate)) for who, rate in sided.by_annotator.items()]
+        rows += [(f"  on votes tagged {tag}", share(rate)) for tag, rate in sided.by_tag.items()]
+    notes = [f"left out: {listed(left_out)}"] * bool(listed(left_out))
+    notes.append("share of votes whose side the judge finds better, too; where it finds none better, a half")
+    report.add("judges_and_people", {"judges": found, "left_out": dict(+Counter(left_out))},
+               all_rows("Judges with people", rows, *notes))  # fmt: skip
