@@ -20,7 +20,7 @@ from transformers import get_scheduler
 
 from lowrank_align import checkpoint
 from lowrank_align.config import TrainSettings
-from lowrank_align.errors import EnvironmentProblem, NumericError, Stopped
+from lowrank_align.errors import EnvironmentProblem, NumericError, Stopped, UserError
 from lowrank_align.methods.method import Method, Metrics
 from lowrank_align.progress import Progress
 from lowrank_align.rollout import generator_for, seed_of
@@ -59,6 +59,7 @@ class Loop:
         self.base = method.base
         self.sizes = {"micro_batch_size": self.settings.micro_batch_size}
         self.steps_done = 0
+        self.moved = False  # whether an update of the step that runs has been begun
         self.skipped = self.skipped_in_a_row = 0
         self.best: tuple[float, int, dict[str, Tensor]] | None = None  # what is watched, its step, the adapter then
         self.best_evaluation: dict[str, float] = {}
@@ -83,6 +84,7 @@ class Loop:
             warnings.simplefilter("ignore")  # "step of the scheduler before the optimizer's": on purpose
             self.scheduler.step()  # the schedule's point 0 has a rate of 0: an update there would train nothing
         method.backward = self.accelerator.backward
+        method.tell = progress.note
 
     @property
     def total_steps(self) -> int:
@@ -107,8 +109,15 @@ class Loop:
         for step in range(start + 1, self.total_steps + 1):
             self.steps_done = step
             last = step == self.total_steps
-            figures = self._step(step)
-            evaluated = self._evaluate(step) if self.eval_rows and (last or step % s.eval_steps == 0) else {}
+            try:
+                figures = self._step(step)
+            except UserError as error:
+                raise self._as_saved(error, 0 if self.moved else step - 1) from error
+            try:
+                evaluated = self._evaluate(step) if self.eval_rows and (last or step % s.eval_steps == 0) else {}
+            except UserError as error:
+                self._log(step, figures)
+                raise self._as_saved(error, step) from error
             latest_evaluation |= evaluated
             if step % s.log_steps == 0 or last or evaluated:
                 self._log(step, figures | evaluated)
@@ -149,15 +158,16 @@ class Loop:
 
     def _step(self, step: int) -> dict[str, float]:
         """All optimiser updates of one step (one, or PPO's epochs x minibatches)."""
-        began = time.perf_counter()
+        began, self.moved = time.perf_counter(), False
         metrics, losses = Metrics(), []
         norms: list[float] = []
         learning_rate = self.scheduler.get_last_lr()[0]
         for update, items in enumerate(self.method.round(self._rows_of(step), step, self.retry)):
+            self.moved = True
             loss, norm = self._update(items, metrics, step, update)
             losses.append(loss)
             norms.append(norm)
-        return {
+        figures = {
             "loss": sum(losses) / len(losses),
             **metrics.results(),
             **self.method.round_metrics(),
@@ -166,6 +176,7 @@ class Loop:
             "skipped": float(self.skipped),
             "seconds": time.perf_counter() - began,
         }
+        return figures | self.method.watch(figures)
 
     def _update(self, items: Sequence[Any], metrics: Metrics, step: int, update: int) -> tuple[float, float]:
         """One optimiser step on `items`, in micro-batches; loss and gradient norm."""
@@ -306,6 +317,16 @@ class Loop:
         state.tensors |= {f"best/{key}": tensor for key, tensor in (self.best[2] if self.best else {}).items()}
         state.update(checkpoint.flatten("optimizer", self.optimizer.state_dict()))
         checkpoint.save(self.run_folder.checkpoints, step, state, self.settings.keep_checkpoints)
+
+    def _as_saved(self, error: UserError, step: int) -> UserError:
+        """The error of, say, a reward function, said after saving the whole step before it; 0: there is none."""
+        if step == 0:
+            return error
+        if not (self.run_folder.checkpoints / f"step-{step}").exists():
+            self._save(step)
+        return type(error)(
+            f"{error}; step {step} of {self.total_steps} is saved, the same command with --resume goes on"
+        )
 
     def _resume(self) -> int:
         """Take up the newest checkpoint that verifies; the step it was written at, 0 without one."""

@@ -48,10 +48,11 @@ def sample(
     with inference(base):
         for chunk in _chunks(base, prompts, max(1, batch_size // completions_per_prompt)):
             sampler = _Sampler(temperature, top_p, generator, partial(base.turns.give_way, SLICE_SECONDS))
-            ids = _generate(base, [prompts[i] for i in chunk], sampler, end_ids, max_new_tokens, completions_per_prompt)
-            for place, i in enumerate(chunk):
-                mine = ids[place * completions_per_prompt : (place + 1) * completions_per_prompt]
-                found[i] = [_until_end(prompts[i], row.tolist(), set(end_ids)) for row in mine]
+            for copies in _shares(completions_per_prompt, batch_size):
+                ids = _generate(base, [prompts[i] for i in chunk], sampler, end_ids, max_new_tokens, copies)
+                for place, i in enumerate(chunk):
+                    mine = ids[place * copies : (place + 1) * copies]
+                    found.setdefault(i, []).extend(_until_end(prompts[i], row.tolist(), set(end_ids)) for row in mine)
     return [found[i] for i in range(len(prompts))]
 
 
@@ -204,6 +205,11 @@ def _generate(
             logits_processor=LogitsProcessorList([sampler]),
         )
     return tokens[:, width:]
+
+
+def _shares(copies: int, size: int) -> list[int]:
+    """A prompt's completions in as many parts as it takes to draw no more than `size` at once."""
+    return [min(size, copies - start) for start in range(0, copies, size)]
 
 
 def _chunks(base: Base, prompts: Sequence[list[int]], size: int) -> Iterator[list[int]]:

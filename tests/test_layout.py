@@ -50,6 +50,7 @@ METHODS_IN_COMMON = {
     "methods",
     "methods.method",
     "methods.online",
+    "methods.grouped",
 }  # the registry and what methods share: every method may know these
 
 # Third-party packages that a module may not know, whatever its layer.

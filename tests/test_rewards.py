@@ -100,8 +100,14 @@ def test_what_cannot_be_loaded(source: str | None, name: str, message: str, modu
 @pytest.mark.parametrize(
     ("body", "message", "exit_code"),
     [
-        ("raise KeyError('colour')", "raised KeyError: 'colour' (first prompt: 'p1')", 2),
-        ("return [1.0]", "gave 1 scores for 2 completions", 2),
+        ("raise KeyError('colour')", "raised KeyError: 'colour' for the prompt 'p1'", 2),
+        ("return [1.0]", "gave 1 scores for 2 completions, though not for any alone (first prompt: 'p1')", 2),
+        ("return [1.0] * (len(prompts) - ('p2' in prompts))", "gave 0 scores for 1 completion for the prompt 'p2'", 2),
+        (
+            "return [1 / (p != 'p2') for p in prompts]",
+            "raised ZeroDivisionError: division by zero for the prompt 'p2'",
+            2,
+        ),
         ("return None", "raised TypeError: 'NoneType' object is not iterable", 2),
         ("return [1.0, 'good']", "raised ValueError: could not convert string to float: 'good'", 2),
         ("return [1.0, None]", "raised TypeError: float() argument must be", 2),

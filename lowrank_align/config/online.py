@@ -134,6 +134,18 @@ class GRPOSettings(OnlineSettings):
     clip_range_high: Rate | None = None
     """And to 1 + this above (DAPO's clip-higher: 0.28); without it, the same as below."""
 
+    @property
+    def needs_reference(self) -> bool:
+        return self.beta > 0
+
+    @model_validator(mode="after")
+    def _a_prompt_a_minibatch(self) -> "GRPOSettings":
+        if self.minibatches > self.batch_size:
+            raise ValueError(
+                f"minibatches: {self.minibatches} of batch_size {self.batch_size} prompts; at most one each"
+            )
+        return self
+
 
 class RLOOSettings(OnlineSettings):
     """REINFORCE with the other answers of a prompt as the baseline (leave one out)."""
@@ -151,9 +163,21 @@ class RLOOSettings(OnlineSettings):
     inner_epochs: Positive = 1
     """Passes over each batch of rollouts."""
     beta: Coefficient = 0.05
-    """The price of a nat of KL to the reference (k1), in the reward."""
+    """The price of a nat of KL to the reference (k1), in the reward; 0: no reference is asked."""
     clip_range: Rate = 0.2
     """The answer's ratio is clipped to 1 +- this."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.beta > 0
+
+    @model_validator(mode="after")
+    def _a_prompt_a_minibatch(self) -> "RLOOSettings":
+        if self.minibatches > self.batch_size:
+            raise ValueError(
+                f"minibatches: {self.minibatches} of batch_size {self.batch_size} prompts; at most one each"
+            )
+        return self
 
 
 class OnlineDPOSettings(OnlineSettings):
@@ -188,7 +212,7 @@ class ExpertSettings(OnlineSettings):
 
 
 class QuarkSettings(OnlineSettings):
-    """Quark: answers sorted into quantiles of score, each learned behind a text that names its own; asked with the best."""
+    """Quark: answers sorted into quantiles of score, each learned behind a text that names its own."""
 
     method = "quark"
 
@@ -204,6 +228,28 @@ class QuarkSettings(OnlineSettings):
     """The answers of so many earlier steps stay in the pool."""
     quantile_text: str = "Quality {quantile} of {quantiles}: "
     """Stands before an answer; {quantile} is 1 for the worst."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.beta > 0
+
+    @property
+    def texts(self) -> list[str]:
+        """The text of each quantile, the worst first."""
+        numbers = range(1, self.quantiles + 1)
+        return [self.quantile_text.format(quantile=number, quantiles=self.quantiles) for number in numbers]
+
+    @model_validator(mode="after")
+    def _texts_differ(self) -> "QuarkSettings":
+        try:
+            differ = len(set(self.texts)) == self.quantiles
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"quantile_text: {self.quantile_text!r}: of braces, only {{quantile}} and {{quantiles}} ({error})"
+            ) from None
+        if not differ:
+            raise ValueError(f"quantile_text: {self.quantile_text!r} needs {{quantile}}, which tells the answers apart")
+        return self
 
 
 ONLINE: tuple[type[TrainSettings], ...] = (

@@ -1,5 +1,6 @@
 """What the loop asks of a method, and the averages a method gives back."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from lowrank_align.trees import TreeRow
 
 Item = TypeVar("Item")
 SettingsT = TypeVar("SettingsT", bound=TrainSettings)
+
+log = logging.getLogger(__name__)
 
 START_TOLERANCE_NATS, START_ROWS = 1e-5, 2
 
@@ -93,6 +96,7 @@ class Method(ABC, Generic[SettingsT, Item]):
         self.pretrain_rows: Sequence[TreeRow] = ()  # of `pretrain_data`; `train` puts them in
         # The loop puts accelerate's in place of this, which knows about 16-bit gradient scaling.
         self.backward: Callable[[Tensor], None] = lambda loss: loss.backward()
+        self.tell: Callable[[str], None] = log.warning  # the loop puts its progress's in place
 
     # ---- data
 
@@ -189,6 +193,10 @@ class Method(ABC, Generic[SettingsT, Item]):
 
     def round_metrics(self) -> dict[str, float]:
         """Numbers about the round as a whole (PPO's rollouts)."""
+        return {}
+
+    def watch(self, figures: dict[str, float]) -> dict[str, float]:
+        """More figures, from all those of a step: for what shows only over several steps."""
         return {}
 
     def state(self) -> dict[str, Any]:

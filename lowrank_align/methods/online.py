@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.methods.method import Item, Method, Metrics, Retry, assert_policy_is_reference
 from lowrank_align.objectives.rollout import penalise_unfinished
-from lowrank_align.rewards import Rewards
+from lowrank_align.rewards import WINDOW, HackingWatch, Rewards
 from lowrank_align.rollout import Rollout, fill_cache, generator_for, sample
 from lowrank_align.trees import Completion, TreeRow, longest_rows
 
@@ -49,16 +49,16 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
 
     # ---- roles
 
-    group_size = 1  # answers a prompt
-
     def __init__(self, base: Base, settings: OnlineSettingsT, renderer: Renderer) -> None:
         super().__init__(base, settings, renderer)
         self.rewards = Rewards(base, settings.reward, settings.reward_weights)
         self.measured: dict[str, float] = {}
+        self.group_size: int = getattr(settings, "group_size", 1)  # answers a prompt
+        self.watch_for_hacking = HackingWatch()
 
     def add_roles(self) -> None:
         self.policy_from_settings()
-        if self.settings.has_reference:
+        if self.settings.needs_reference:
             self.base.add_role("reference", frozen_copy_of="policy")
         self.rewards.add_roles()
 
@@ -122,14 +122,41 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
 
         return pad_sequence(retry(score, "micro_batch_size"), batch_first=True)
 
-    def measure(self, judged: Judged, kl: Tensor) -> dict[str, float]:
-        """TRL's figures about a round; `kl` (N,) in nats an answer, estimated on the rollouts."""
-        return self.measured | {
-            "objective/kl": kl.mean().item(),
+    def measure(self, judged: Judged, kl: Tensor | None) -> dict[str, float]:
+        """TRL's figures about a round; `kl` (N,) in nats an answer, estimated on the rollouts, where there is one."""
+        found = self.measured | {
             "objective/scores": judged.raw.mean().item(),
             "completions/mean_length": judged.lengths.float().mean().item(),
             "completions/finished": judged.finished.float().mean().item(),
         }
+        if self.group_size > 1:
+            scores = self.grouped(judged.scores)
+            found["reward_std"] = scores.std(dim=1).mean().item()
+            without_variance = scores.max(dim=1).values == scores.min(dim=1).values
+            found["frac_reward_zero_std"] = without_variance.float().mean().item()  # such a group teaches nothing
+        return found if kl is None else found | {"objective/kl": kl.mean().item()}
+
+    def grouped(self, per_answer: Tensor) -> Tensor:
+        """(B, G) of (N,): the answers of each prompt side by side."""
+        return per_answer.view(-1, self.group_size)
+
+    def watch(self, figures: dict[str, float]) -> dict[str, float]:
+        kl = figures.get("objective/kl")
+        if kl is None:
+            return {}
+        began = self.watch_for_hacking.add(figures["objective/scores"], kl, figures["completions/mean_length"])
+        if began:
+            self.tell(
+                f"score, KL and length have all climbed for {WINDOW} steps: the policy may be exploiting the reward;"
+                " read samples.jsonl, and raise the price of KL or --length-penalty"
+            )
+        return {"reward_hacking": float(self.watch_for_hacking.climbing)}
+
+    def state(self) -> dict[str, Any]:
+        return {"hacking": self.watch_for_hacking.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.watch_for_hacking.load_state_dict(state.get("hacking", {}))
 
     def round_metrics(self) -> dict[str, float]:
         return self.measured
@@ -143,7 +170,7 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
         kept = self.measured
         groups = self.roll_out(rows, "evaluation", retry)
         judged, trees = self.judge(rows, groups, retry), [group_row(group) for group in groups]
-        kl = torch.zeros(1)
+        kl = None
         if "reference" in self.base.roles:
             kl = (self.logps_of("policy", trees, retry) - self.logps_of("reference", trees, retry)).sum(1)
         found = self.measure(judged, kl)

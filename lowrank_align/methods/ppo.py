@@ -171,10 +171,11 @@ class PPO(OnlineMethod[PPOSettings, Episode]):
     # ---- before and after
 
     def state(self) -> dict[str, Any]:
-        return {"kl": self.kl.state_dict()}
+        return {"kl": self.kl.state_dict()} | super().state()
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.kl.load_state_dict(state["kl"])
+        super().load_state(state)
 
     def preflight_items(self, trees: list[TreeRow]) -> list[Episode]:
         zeros = torch.zeros(self.settings.max_new_tokens, device=self.base.device)
