@@ -71,7 +71,7 @@ class RewardSettings(TrainSettings):
 
 
 class DPOSettings(TrainSettings):
-    """Direct preference optimisation on pairs or rankings, and its relatives (--loss)."""
+    """Direct preference optimisation on pairs or rankings, and the other losses on pairs."""
 
     method = "dpo"
     has_reference = True
@@ -133,7 +133,8 @@ class DPOSettings(TrainSettings):
             readers = sorted(loss for loss, knobs in LOSS_KNOBS.items() if knob in knobs)
             changed = getattr(self, knob) != type(self).model_fields[knob].default
             if changed and not set(readers).intersection(self.loss):
-                raise ValueError(f"{knob} is for loss: {' and '.join(readers)}, not {losses}")
+                named = " and ".join(filter(None, [", ".join(readers[:-1]), readers[-1]]))
+                raise ValueError(f"{knob} is for loss: {named}, not {losses}")
         if self.ranking == "plackett_luce" and self.label_smoothing:
             raise ValueError("label_smoothing and ranking: plackett_luce exclude each other")
         if self.ranking == "plackett_luce" and self.loss != ["sigmoid"]:

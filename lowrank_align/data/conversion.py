@@ -21,6 +21,7 @@ from itertools import combinations
 from typing import Any, Literal
 
 from lowrank_align.data.formats import Row, Shape, Text
+from lowrank_align.data.shapes import CONVERTIBLE
 from lowrank_align.errors import UserError
 from lowrank_align.store.export import COLUMN
 
@@ -28,12 +29,6 @@ Target = Literal["pairs", "rankings", "unpaired", "demonstrations"]
 Pairing = Literal["best-worst", "all"]
 Line = dict[str, Any]  # one row to write
 
-CONVERTIBLE: dict[Shape, tuple[Target, ...]] = {
-    Shape.scored: ("pairs", "rankings", "unpaired", "demonstrations"),
-    Shape.ranking: ("pairs", "unpaired", "demonstrations"),
-    Shape.unpaired: ("pairs", "rankings", "demonstrations"),
-    Shape.pair: ("unpaired", "demonstrations"),
-}
 _HALF = (Shape.unpaired, Shape.pair)  # their worths are shares: above a half is good
 
 REPEATED = "the same answer once more, merged into one"

@@ -20,7 +20,7 @@ from lowrank_align.data.messages import (
     clean_text,
     kind_of,
 )
-from lowrank_align.data.shapes import SHAPE_FIELDS, Fields, Shape, Text, recognise
+from lowrank_align.data.shapes import SHAPE_FIELDS, Fields, Shape, Text, convert_line, recognise
 from lowrank_align.errors import UserError
 
 __all__ = ["SHAPE_FIELDS", "Message", "Row", "Shape", "Text", "parse_row"]
@@ -58,35 +58,37 @@ class Row:
     extra: dict[str, Any] = field(default_factory=dict, compare=False)  # columns that no shape reads: source, tags, ...
 
 
-def parse_row(raw: Any, where: str, index: int, *, expect: Collection[Shape] = ()) -> Row:
+def parse_row(raw: Any, where: str, index: int, *, expect: Collection[Shape] = (), segments: bool = False) -> Row:
     """The row that `raw` (one JSON object) holds.
 
     `expect` names the shapes that are wanted: another shape is an error, a row with the fields of several is read as
-    the wanted one, and where only prompts are wanted every row that has a prompt gives it. Raises `UserError` with
-    `where`, the field and what is wrong with it.
+    the wanted one, and where only prompts are wanted every row that has a prompt gives it. With `segments` the two
+    conversations of a pair may start differently: the prompt is then empty. Raises `UserError` with `where`, the field
+    and what is wrong with it.
     """
     try:
         if not isinstance(raw, dict):
             raise FieldError("row", f"{kind_of(raw)}, must be an object with fields")
-        row = _parse_columns(to_columns(raw), frozenset(expect))
+        row = _parse_columns(to_columns(raw), frozenset(expect), segments)
     except FieldError as error:
         raise UserError(f"{where}: {error}") from None
     return replace(row, where=where, index=index, finished=raw.get("finished") is not False)
 
 
-def _parse_columns(columns: Columns, expect: frozenset[Shape]) -> Row:
+def _parse_columns(columns: Columns, expect: frozenset[Shape], segments: bool) -> Row:
     fields = Fields(columns)
     only_prompt = expect == {Shape.prompts}
     shape = recognise(fields, expect)
     if expect and not only_prompt and shape not in expect:
         wanted = " or ".join(f"{name} ({SHAPE_FIELDS[name]})" for name in Shape if name in expect)
-        raise FieldError("row", f"is of shape {shape} (fields: {fields.listed()}){fields.misspelt()}, needed: {wanted}")
+        has = f"is of shape {shape} (fields: {fields.listed()}){fields.misspelt()}"
+        raise FieldError("row", f"{has}, needed: {wanted}{convert_line(shape, expect)}")
     if only_prompt and shape is Shape.demonstration and "messages" in fields.values:
         row = Row(Shape.prompts, _before_last_answer(fields), [])
     elif shape is Shape.prompts:
         row = Row(shape, _open_prompt(fields, fields.text("prompt", fields.need("prompt"))), [])
     else:
-        row = _PARSERS[shape](fields)
+        row = _parse_pair(fields, segments) if shape is Shape.pair else _PARSERS[shape](fields)
     if only_prompt:
         if not row.prompt:
             raise FieldError("prompt", f"missing (fields: {fields.listed()})")
@@ -107,7 +109,7 @@ def _parse_demonstration(fields: Fields) -> Row:
     return Row(Shape.demonstration, *_prompt_and(fields, ["completion"]))
 
 
-def _parse_pair(fields: Fields) -> Row:
+def _parse_pair(fields: Fields, segments: bool) -> Row:
     chosen, rejected = (fields.text(side, fields.need(side)) for side in ("chosen", "rejected"))
     if chosen == rejected:
         raise FieldError(fields.name("rejected"), "the same as chosen, a pair needs two different answers")
@@ -116,7 +118,7 @@ def _parse_pair(fields: Fields) -> Row:
     elif isinstance(chosen, str) and isinstance(rejected, str):
         prompt, sides = _shared_text(fields, chosen, rejected)
     elif not isinstance(chosen, str) and not isinstance(rejected, str):
-        prompt, sides = _shared_turns(fields, chosen, rejected)
+        prompt, sides = _shared_turns(fields, chosen, rejected, segments)
     else:
         raise FieldError(fields.name("rejected"), f"{_form(rejected)}, but {fields.name('chosen')} is {_form(chosen)}")
     preference = clean_number("preference", fields.values.get("preference", 1.0))
@@ -160,7 +162,6 @@ def _parse_scored(fields: Fields) -> Row:
 
 _PARSERS = {
     Shape.demonstration: _parse_demonstration,
-    Shape.pair: _parse_pair,
     Shape.ranking: _parse_ranking,
     Shape.unpaired: _parse_unpaired,
     Shape.scored: _parse_scored,
@@ -207,14 +208,23 @@ def _shared_text(fields: Fields, chosen: str, rejected: str) -> tuple[Text, list
     return chosen[:shared], [chosen[shared:], rejected[shared:]]
 
 
-def _shared_turns(fields: Fields, chosen: list[Message], rejected: list[Message]) -> tuple[Text, list[Text]]:
-    """The turns that both conversations begin with; the answer of each is what follows."""
+def _shared_turns(
+    fields: Fields, chosen: list[Message], rejected: list[Message], segments: bool
+) -> tuple[Text, list[Text]]:
+    """The turns that both conversations begin with; the answer of each is what follows.
+
+    Of `segments` that start differently none, and each is a whole.
+    """
     shared = min(_common_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-    if not shared:
+    sides = {fields.name("chosen"): chosen, fields.name("rejected"): rejected}
+    if not shared and not (segments and all(turns[0]["role"] != "assistant" for turns in sides.values())):
         raise FieldError("prompt", f"chosen and rejected share no beginning (fields: {fields.listed()})")
-    for name, turns in (("chosen", chosen), ("rejected", rejected)):
-        _check_last_turn(fields.name(name), turns)
+    for name, turns in sides.items():
+        _check_last_turn(name, turns)
         if turns[shared]["role"] != "assistant":
+            if segments:
+                shared = 0
+                continue
             raise FieldError("prompt", f"not shared: chosen and rejected part at turn {shared + 1}, before the answer")
     prompt = fields.values.get("prompt")
     if isinstance(prompt, str) and not any(turn["content"].strip() == prompt.strip() for turn in chosen[:shared]):

@@ -23,9 +23,15 @@ class Loaded:
 
 
 def load_rows(
-    source: str | Path, *, expect: Collection[Shape], skip_bad: Path | None = None, split: str = "train"
+    source: str | Path,
+    *,
+    expect: Collection[Shape],
+    skip_bad: Path | None = None,
+    split: str = "train",
+    segments: bool = False,
 ) -> Loaded:
-    """Reads and checks every row of `source` (see `sources`) as one of the shapes in `expect` (see `formats`).
+    """Reads and checks every row of `source` (see `sources`) as one of the shapes in `expect` (see `formats`, also for
+    `segments`).
 
     A bad row is an error that names the first and counts the others. With `skip_bad` they are written to that file
     instead (it is made anew, so give each source its own), and `UserError` is raised only where no good row remains.
@@ -36,7 +42,7 @@ def load_rows(
         try:
             if record.error:
                 raise UserError(record.error)
-            rows.append(parse_row(record.value, record.where, index, expect=expect))
+            rows.append(parse_row(record.value, record.where, index, expect=expect, segments=segments))
         except UserError as error:
             bad.add(record.where, str(error), record.text)
     skipped = bad.settle(len(rows))

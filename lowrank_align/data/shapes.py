@@ -30,9 +30,30 @@ SHAPE_FIELDS = {
     Shape.scored: "prompt, completion, score",
     Shape.prompts: "prompt",
 }
+CONVERTIBLE: dict[Shape, tuple[str, ...]] = {  # what `data convert --to` makes of them
+    Shape.scored: ("pairs", "rankings", "unpaired", "demonstrations"),
+    Shape.ranking: ("pairs", "unpaired", "demonstrations"),
+    Shape.unpaired: ("pairs", "rankings", "demonstrations"),
+    Shape.pair: ("unpaired", "demonstrations"),
+}
+_TARGETS = {
+    Shape.pair: "pairs",
+    Shape.ranking: "rankings",
+    Shape.unpaired: "unpaired",
+    Shape.demonstration: "demonstrations",
+}
 _KNOWN_FIELDS = sorted(
     {name for fields in SHAPE_FIELDS.values() for name in fields.replace(",", "").split()} - {"or", "and"}
 )
+
+
+def convert_line(shape: Shape, expect: Set[Shape]) -> str:
+    """The command that makes rows of a wanted shape out of rows of `shape`; nothing where none does."""
+    targets = [_TARGETS[wanted] for wanted in Shape if wanted in expect and wanted in _TARGETS]
+    for target in targets:
+        if target in CONVERTIBLE.get(shape, ()):
+            return f"; `lowrank-align data convert FILE --to {target} --out OUT.jsonl` makes them"
+    return ""
 
 
 class Fields:

@@ -70,7 +70,7 @@ def check_run(base: "Base", settings: TrainSettings, pace: Pace | None, left_out
     ).with_prefix(kind.answer_prefix(settings))
     with tempfile.TemporaryDirectory() as scratch:
         bad = Path(scratch) / "bad.jsonl" if settings.skip_bad else None
-        rows = load_rows(settings.rows, expect=kind.shapes, skip_bad=bad).rows
+        rows = load_rows(settings.rows, expect=kind.shapes, skip_bad=bad, segments=settings.compares_segments).rows
         rendered = render_all(lambda row: kind.render(row, renderer, settings), rows, skip_bad=bad)
     trees, steps = rendered.tree_rows, steps_of(settings, len(rendered.tree_rows))
     said = [

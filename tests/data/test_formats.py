@@ -218,7 +218,11 @@ def test_a_bad_row_is_one_line_with_place_and_field(raw: Any, message: str) -> N
          "row: is of shape demonstration (fields: messages), needed: pair (prompt, chosen, rejected)"),
         (PAIR, [Shape.unpaired, Shape.demonstration],
          "row: is of shape pair (fields: prompt, chosen, rejected), needed: demonstration (messages, or prompt and "
-         "completion, or text) or unpaired (prompt, completion, label)"),
+         "completion, or text) or unpaired (prompt, completion, label); `lowrank-align data convert FILE --to "
+         "demonstrations --out OUT.jsonl` makes them"),
+        ({"prompt": "Q", "completion": "A", "score": 1}, [Shape.pair, Shape.ranking],
+         "row: is of shape scored (fields: prompt, completion, score), needed: pair (prompt, chosen, rejected) or "
+         "ranking (prompt, completions, ranks); `lowrank-align data convert FILE --to pairs --out OUT.jsonl` makes them"),
         ({"prompt": "Q", "completoin": "A"}, [Shape.demonstration],
          "row: is of shape prompts (fields: prompt, completoin) (did you mean completion?), needed: demonstration "
          "(messages, or prompt and completion, or text)"),
@@ -231,3 +235,33 @@ def test_a_row_of_another_shape_says_what_is_needed(raw: Any, expect: list[Shape
     with pytest.raises(UserError) as caught:
         parse(raw, *expect)
     assert str(caught.value) == f"rows.jsonl:17: {message}"
+
+
+TALKS = {
+    "nothing shared": [[user("1"), assistant("A")], [user("2"), assistant("B"), user("3"), assistant("C")]],
+    "apart at a user's turn": [
+        [user("1"), assistant("A"), user("2"), assistant("B")],
+        [user("1"), assistant("A"), user("3"), assistant("B")],
+    ],
+}
+
+
+@pytest.mark.parametrize("talk", TALKS)
+def test_segments_may_start_differently(talk: str) -> None:
+    """Then the pair has no prompt and two whole conversations; without `segments` it is refused (the catalogue)."""
+    chosen, rejected = TALKS[talk]
+    row = parse_row({"chosen": chosen, "rejected": rejected}, "rows.jsonl:17", 16, segments=True)
+    assert (row.shape, row.prompt, row.completions) == (Shape.pair, [], [chosen, rejected])
+
+
+def test_segments_that_share_a_beginning_are_a_pair_like_any() -> None:
+    """And what is wrong with a segment is said all the same."""
+    raw = {"chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("B")]}
+    row = parse_row(raw, "rows.jsonl:17", 16, segments=True)
+    assert (row.prompt, row.completions) == ([user("Q")], [[assistant("A")], [assistant("B")]])
+    for broken, message in (
+        ([assistant("B")], "prompt: chosen and rejected share no beginning"),
+        ([user("X"), assistant("B"), user("Y")], "rejected: the last turn is of role user"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_row({**raw, "rejected": broken}, "rows.jsonl:17", 16, segments=True)

@@ -125,7 +125,7 @@ def _contradictions(opposite: Tally, labels: Tally, scores: Tally, several: Tall
 def _said(row: Row) -> tuple[Any, list[Any]]:
     """Prompt and answers in one form: a turn alone is its text, a conversation is split before its last answer."""
     prompt, answers = row.prompt, row.completions
-    if not prompt and answers and not isinstance(answers[0], str):
+    if not prompt and len(answers) == 1 and not isinstance(answers[0], str):  # of a pair, segments without a prompt
         turns, last = answers[0], len(answers[0])
         while last and turns[last - 1]["role"] == "assistant":
             last -= 1
