@@ -1,7 +1,7 @@
 """What is learned from chosen completions alone: likelihood goes to the distribution of what was chosen, exactly.
 
-Preferred-FT, expert iteration, reward conditioning and Quark are that one theorem (-sum_y c(y) log pi(y) is least at
-pi = c / sum c) with four choices of c, each of which can be written down, and its distance from the reference with it.
+Preferred-FT, expert iteration, reward conditioning, chain of hindsight and Quark are that one theorem (-sum_y c(y) log
+pi(y) is least at pi = c / sum c) with five choices of c, each of which can be written down.
 """
 
 import math
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank_align.objectives.completion import nll
+from lowrank_align.objectives.quantiles import quantiles
 from tests.oracle.fitting import minimise
 from tests.oracle.world import World, distance, kl, make_world
 
@@ -109,27 +110,54 @@ def test_expert_iteration_multiplies():
     assert reached.gap < 1e-4, f"round 2: {reached}"
 
 
-def top_quantile(log_probs: Tensor, rewards: Tensor, quantiles: int) -> Tensor:
-    """(P, C) the policy given that the score is in the top 1/q: a completion on the edge counts with its part above."""
-    order = rewards.argsort(-1, descending=True)
-    above = log_probs.exp().gather(-1, order).cumsum(-1)
-    reached = torch.nn.functional.pad(above.clamp(max=1 / quantiles), (1, 0))
-    return torch.zeros_like(rewards).scatter(-1, order, quantiles * reached.diff(dim=-1))
+def test_chain_of_hindsight_improves_step_by_step():
+    """Behind a worse answer y1 CoH learns the better one as it comes: pi(y2|x, y1) = ref(y2) s(r2 - r1) / N(y1).
 
-
-def test_quark_goes_a_quantile_up():
-    """Without its KL term: pi(y|x, top of q) = q ref(y) on the top 1/q of scores and 0 below: KL log q at most.
-
-    It is less where the edge cuts a completion, whose part below the edge keeps the tag from being as sharp.
-
-    Exploring again with the top tag makes that the new policy, so a second round is the top 1/q^2.
+    Asked again and again for a better one than the last, it does not run away. Since e^{r1} s(r2 - r1) is symmetric,
+    g(y) = ref(y) N(y) e^{r(y)} has g(y1) pi(y2|y1) = g(y2) pi(y1|y2): the chain settles at g / sum g.
     """
-    top = top_quantile(WORLD.reference, WORLD.rewards, 3)
-    assert top.sum(-1).tolist() == pytest.approx([1, 1])
-    found = fit(WORLD, top)
-    reached = distance(found, top.clamp(min=1e-300).log())
-    assert reached.gap < 1e-3, f"{reached}"
-    exact = kl(top.log(), WORLD.reference)
-    assert ((exact > 0.7) & (exact <= math.log(3))).all(), f"KL {exact.tolist()}"
-    again = top_quantile(top.log(), WORLD.rewards, 3)
-    assert torch.allclose(again, top_quantile(WORLD.reference, WORLD.rewards, 9), atol=1e-12)
+    world = make_world(prompts=1, max_length=2)  # 13 completions, each of which is a first answer in turn
+    (r,), (ref,) = world.rewards, world.reference.exp()
+    better = ref * torch.sigmoid(r - r[:, None])  # (y1, y2), not normalised
+    rows = len(r)
+    chains = World(world.ref_logits.repeat(rows, 1, 1), r.repeat(rows, 1), world.tokens, world.mask, world.prefixes)
+    steps = fit(chains, better).exp()
+    settled = torch.linalg.matrix_power(steps, 100)[0]
+    expected = ref * better.sum(-1) * r.exp()
+    reached = distance(settled.log()[None], (expected / expected.sum()).log()[None])
+    assert reached.gap < 1e-5, f"{reached}"
+    scores = [(probs * r).sum().item() for probs in (ref, ref @ steps, settled)]
+    assert scores[0] < scores[1] < scores[2], f"score of the reference, of the second answer, at the end: {scores}"
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_quark_mixes_the_quantile_with_the_reference(beta):
+    """-log pi(y|x, top) + beta KL(ref || pi) per token: pi(a|s) = (c(a|s) + beta ref(a|s)) / (1 + beta) after every s.
+
+    c is the top third of the pool, over all prompts together, here a pool of some 800 answers in the reference's
+    proportions. A completion's answers are all in one quantile, that of their middle rank. At prefixes which no answer
+    of the top third has nothing is learned, and the policy stays what it was.
+    """
+    counts = (400 * WORLD.reference.exp()).round().long()
+    which = torch.arange(counts.numel()).repeat_interleave(counts.flatten())
+    is_top = quantiles(WORLD.rewards.flatten()[which], 3) == 3
+    top = torch.bincount(which[is_top], minlength=counts.numel()).view(counts.shape).double()
+    below = torch.stack([counts[WORLD.rewards < reward].sum() for reward in WORLD.rewards.flatten()]).view(counts.shape)
+    middle = (below + (counts - 1) / 2) / counts.sum()
+    assert torch.equal(top, torch.where(middle >= 2 / 3, counts, 0).double())
+
+    ref = WORLD.ref_logits.softmax(-1)
+    reached_by = WORLD.edge_sums(top[..., None].expand(-1, *WORLD.mask.shape))  # (P, S, V) answers
+    seen = reached_by.sum(-1, keepdim=True)
+    expected = torch.where(seen > 0, (reached_by / seen + beta * ref) / (1 + beta), ref)
+
+    def loss(logits: Tensor) -> Tensor:
+        answers = nll(WORLD.per_token_logps(logits), WORLD.row_mask)
+        divergence = (ref * (ref.log() - logits.log_softmax(-1))).sum(-1)
+        total = (top.flatten()[:, None] * answers.loss).sum() + beta * (seen[..., 0] * divergence).sum()
+        return total / seen.sum()
+
+    found = WORLD.log_probs(minimise(loss, WORLD.ref_logits))
+    reached = distance(found, WORLD.log_probs(expected.clamp(min=1e-300).log()))
+    assert reached.gap < 1e-4, f"{reached}"
+    assert (WORLD.expected_reward(found) > WORLD.expected_reward(WORLD.reference)).all()
