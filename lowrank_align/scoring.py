@@ -98,6 +98,43 @@ def token_scores(hidden: Tensor, batch: TreeBatch, head: LogitsHead, *, temperat
     return TokenScores(*(zeros.index_put((chosen,), column).view(batch.targets.shape) for column in columns))
 
 
+def token_kl(
+    hidden: Tensor,
+    batch: TreeBatch,
+    reference_hidden: Tensor,
+    reference_batch: TreeBatch,
+    head: LogitsHead,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """(N, C) KL(reference || policy) in nats, exact over the vocabulary, before each token that counts; else 0.
+
+    The two batches hold the same completions behind prompts that may differ. Gradients reach `hidden` alone; the head
+    is one and the same for both.
+    """
+    chosen = batch.completion_mask.flatten().nonzero().squeeze(1)  # (M,) of N * C
+    states, reference = (
+        states.flatten(0, 1).index_select(0, where.predict_from.flatten()[chosen])
+        for states, where in ((hidden, batch), (reference_hidden.detach(), reference_batch))
+    )
+
+    def divergence(states: Tensor, reference: Tensor) -> Tensor:
+        logps = (head(states) / temperature).log_softmax(-1)
+        ref_logps = (head(reference) / temperature).log_softmax(-1)
+        return (ref_logps.exp() * (ref_logps - logps)).sum(-1)
+
+    size = max(16, CHUNK_BYTES // (8 * head.vocabulary))
+    parts = []
+    for i in range(0, len(chosen), size):
+        piece = (states[i : i + size], reference[i : i + size])
+        if torch.is_grad_enabled() and states.requires_grad:
+            parts.append(checkpoint(divergence, *piece, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(divergence(*piece))
+    zeros = torch.zeros(batch.targets.numel(), device=hidden.device)
+    return zeros.index_put((chosen,), torch.cat(parts) if parts else zeros[:0]).view(batch.targets.shape)
+
+
 def scalar_scores(hidden: Tensor, batch: TreeBatch, head: nn.Linear) -> Tensor:
     """(N,) the scalar head at each completion's last real token: a reward model's raw score."""
     return head(hidden.flatten(0, 1).index_select(0, batch.last_token_at).to(head.weight.dtype)).squeeze(-1)

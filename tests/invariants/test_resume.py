@@ -28,6 +28,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "dpo": PAIRS,
     "coh": PAIRS,
     "ppo": [{"prompt": pair["prompt"]} for pair in PAIRS],
+    "quark": [{"prompt": pair["prompt"]} for pair in PAIRS],
 }
 STEPS = {"max_steps": 5, "batch_size": 4, "learning_rate": 5e-3, "sample_steps": 2, "sample_tokens": 6}
 KNOBS: dict[str, dict[str, Any]] = {
@@ -37,6 +38,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "coh": {"hidden_tokens": 0.3},
     "ppo": {"target_kl": 0.01, "kl_horizon": 4, "max_new_tokens": 8, "minibatches": 2, "ppo_epochs": 2},
 }
+KNOBS["quark"] = {"max_new_tokens": 8, "pool_steps": 2, "quantiles": 3}
 METHODS = list(ROWS)
 
 
@@ -60,7 +62,7 @@ def reward_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = "def vowels(prompts, completions):\n    return [sum(c in 'aeiou' for c in text) for text in completions]\n"
     (tmp_path / "resume_reward.py").write_text(source)
     monkeypatch.chdir(tmp_path)
-    KNOBS["ppo"]["reward"] = "resume_reward:vowels"
+    KNOBS["quark"]["reward"] = KNOBS["ppo"]["reward"] = "resume_reward:vowels"
 
 
 def stop_at(step: int, run: Run, method: str, name: str, **knobs: Any) -> None:
