@@ -25,10 +25,18 @@ ANSWERS = [
     "x y z",
 ]
 PROMPTS = ["Write: ", "Say it to me again, and then once more, please: ", "ab ", "Q? "] * 2
+# PPO with one update a step, GRPO and RLOO with several: the others' policy is the one that drew
+ONLINE: dict[str, dict[str, Any]] = {
+    "ppo": {"ppo_epochs": 1, "minibatches": 1},
+    "grpo": {"group_size": 3, "inner_epochs": 2, "reduction": "sequence_mean"},
+    "rloo": {"group_size": 3, "inner_epochs": 2},
+    "online-dpo": {"group_size": 3},
+    "expert": {"group_size": 3},
+}
 
 
 def rows_of(method: str) -> list[dict[str, Any]]:
-    if method == "ppo":
+    if method in ONLINE:
         return [{"prompt": prompt} for prompt in PROMPTS]
     if method == "sft":
         return [{"prompt": p, "completion": a} for p, a in zip(PROMPTS, ANSWERS, strict=True)]
@@ -44,24 +52,22 @@ def rows_of(method: str) -> list[dict[str, Any]]:
 
 
 def as_items(method: Any, name: str, rows: Sequence[Any]) -> list[Any]:
-    """The items of one optimiser update: the rows, or for PPO the first minibatch of rollouts of them."""
-    if name != "ppo":
+    """The items of one optimiser update: the rows, or the first batch that comes of rollouts of them."""
+    if name not in ONLINE:
         return list(rows)
     with torch.no_grad():
-        (items,) = list(method.round(rows, 1, lambda function, knob: function(8)))
+        items = next(iter(method.round(rows, 1, lambda function, knob: function(8))))
     generator = torch.Generator().manual_seed(2)
-    for role in ("policy", "value"):  # away from the policy that made the rollouts, so that ratios are not all 1
+    for role in method.trained:  # away from the policy that made the rollouts, so that ratios are not all 1
         for parameter in method.base.trainable_parameters(role).values():
             parameter.data.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     return list(items)
 
 
 def make(make_method: MakeMethod, name: str, **knobs: Any) -> tuple[Any, list[Any]]:
-    if name == "ppo":
-        knobs |= {
+    if name in ONLINE:
+        knobs |= ONLINE[name] | {
             "reward": "builtins:len_of_completions",
-            "ppo_epochs": 1,
-            "minibatches": 1,
             "batch_size": 8,
             "max_new_tokens": 24,
             "missing_eos_penalty": 0.3,
@@ -104,7 +110,7 @@ def assert_same_update(one: Any, other: Any, tolerance: float) -> None:
         torch.testing.assert_close(gradient, other[2][name], rtol=0, atol=tolerance, msg=lambda m, n=name: n + m)
 
 
-METHODS = ["sft", "reward", "dpo", "ppo"]
+METHODS = ["sft", "reward", "dpo", *ONLINE]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -157,20 +163,20 @@ def test_what_stands_in_the_padding_is_not_read(make_method: MakeMethod) -> None
             assert torch.equal(read(batch), read(other))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ppo", "grpo"])
 def test_runs_with_micro_batches_of_1_and_8(name: str, run: Callable[..., Any]) -> None:
-    """Whole runs of three steps: the adapter is the same within 1e-6, and so is every logged figure."""
+    """Whole runs of three steps: the adapter is the same within 3e-6 (of steps of 1e-3), and so is every figure."""
     from safetensors.torch import load_file
 
     from lowrank_align.runs import read_metrics
 
     knobs: dict[str, Any] = {"max_steps": 3, "batch_size": 8, "learning_rate": 1e-3}
-    if name == "ppo":
+    if name in ONLINE:
         knobs |= {"reward": "builtins:len_of_completions", "max_new_tokens": 12}
     folders = [run(name, rows_of(name), f"micro-{size}", micro_batch_size=size, **knobs) for size in (1, 8)]
     one, eight = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in folders)
     assert max(tensor.abs().max() for key, tensor in one.items() if "lora_B" in key) > 5e-4, "nothing was trained"
     for key, tensor in one.items():
-        torch.testing.assert_close(tensor, eight[key], rtol=0, atol=1e-6, msg=lambda m, k=key: k + m)
+        torch.testing.assert_close(tensor, eight[key], rtol=0, atol=3e-6, msg=lambda m, k=key: k + m)
     for a, b in zip(*(read_metrics(folder / "metrics.jsonl") for folder in folders), strict=True):
         assert a | {"seconds": 0} == pytest.approx(b | {"seconds": 0}, abs=1e-4)
