@@ -191,6 +191,9 @@ def test_sft(
         ("chat", "ipo", "adapter"),
         ("merged", "sigmoid", "bare"),
         ("text", "sigmoid", "adapter"),
+        ("text", "robust", "bare"),
+        ("one", "nll", "bare"),
+        ("one", "sigmoid nll", "bare"),
     ],
 )
 def test_dpo(
@@ -202,11 +205,18 @@ def test_dpo(
     arguments: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    """Ids, loss, rewards, logps and gradients, with the bare base and with a start adapter as the reference."""
+    """Ids, loss, rewards, logps and gradients, with the bare base and with a start adapter as the reference.
+
+    TRL's `sft` is our `nll` where there is one row: it averages over the tokens of all rows, we over each row's.
+    """
     from peft import PeftModel
 
-    rows = rows_of(form, "chosen", "rejected")
-    knobs: dict[str, Any] = {"loss": loss_type, "beta": 0.3}
+    rows = rows_of("text", "chosen", "rejected")[:1] if form == "one" else rows_of(form, "chosen", "rejected")
+    losses = loss_type.split()
+    knobs: dict[str, Any] = {"loss": losses, "beta": 0.3} if losses != ["nll"] else {"loss": losses}
+    weights = [1.0, 0.7][: len(losses)]
+    smoothing = {"label_smoothing": 0.2} if losses == ["robust"] else {}
+    knobs |= {"loss_weights": weights, **smoothing}
     model: Any = causal(tiny_llama)
     peft: dict[str, Any] = {}
     if start == "adapter":
@@ -222,7 +232,14 @@ def test_dpo(
             parameter.data.add_(0.05 * torch.randn(parameter.shape))
     trainer = trl.DPOTrainer(
         model,
-        args=trl.DPOConfig(beta=0.3, loss_type=[loss_type], max_length=256, **arguments),
+        args=trl.DPOConfig(
+            beta=0.3,
+            loss_type=["sft" if name == "nll" else name for name in losses],
+            loss_weights=weights,
+            max_length=256,
+            **smoothing,
+            **arguments,
+        ),
         train_dataset=as_dataset(rows),
         processing_class=tokenizer(tiny_llama),
         **peft,
@@ -237,7 +254,8 @@ def test_dpo(
     assert [[int(i != -100) for i in labels] for labels in mine] == masks
     assert abs(metrics["rewards/margins"]) > 0.01, "policy and reference agree: nothing is compared"
     assert loss == pytest.approx(their_loss, abs=TOLERANCE)
-    names = [f"rewards/{n}" for n in ("chosen", "rejected", "margins", "accuracies")]
+    # without a reference our rewards are of the log-probabilities
+    names = [f"rewards/{n}" for n in ("chosen", "rejected", "margins", "accuracies") if losses != ["nll"]]
     assert_same_metrics(
         metrics, their_metrics, [*names, "logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy"]
     )
@@ -277,4 +295,32 @@ def test_reward(
     assert loss == pytest.approx(their_loss, abs=TOLERANCE)
     assert_same_metrics(metrics, their_metrics, ["min_reward", "mean_reward", "max_reward", "accuracy", "margin"])
     assert "score.weight" in parameters
+    assert_same_gradients(parameters, oracle.parameters)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["text", "chat"])
+def test_kto(form: str, tiny_llama: Path, make_method: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    """Ids, z0 from answers under the prompts of others, loss with unequal weights, rewards, logps and gradients."""
+    labels = [True, False, True]
+    rows = [{**row, "label": label} for row, label in zip(rows_of(form, "completion"), labels, strict=True)]
+    weights = {"desirable_weight": 1.2, "undesirable_weight": 0.8}
+    method, items = make_method("kto", rows, beta=0.3, **weights)
+    trainer = trl.KTOTrainer(
+        causal(tiny_llama),
+        args=trl.KTOConfig(beta=0.3, max_length=256, train_sampling_strategy="sequential", **weights, **arguments),
+        train_dataset=as_dataset(rows),
+        processing_class=tokenizer(tiny_llama),
+        peft_config=lora(method.base, "CAUSAL_LM"),
+    )
+    oracle = Oracle(trainer, method.base.trainable_parameters("policy"))
+    their_loss, their_metrics = oracle.loss_and_metrics()
+    (batch,) = list(method.round(items, 1, lambda function, knob: function(2)))
+    loss, metrics, parameters = ours(method, batch)
+
+    assert sequences(items, 0) == oracle.sequences()
+    assert loss == pytest.approx(their_loss, abs=TOLERANCE)
+    sides = [f"{kind}/{side}" for kind in ("rewards", "logps") for side in ("chosen", "rejected")]
+    assert_same_metrics(metrics, their_metrics, [*sides, "rewards/margins", "kl", "entropy"])
+    assert metrics["kl"] > 0.01, "z0 is 0: that answers are turned round is not seen"
     assert_same_gradients(parameters, oracle.parameters)

@@ -71,6 +71,23 @@ def test_a_ranking_counts_as_one_row(make_method: Callable[..., Any], tiny_base:
     assert figures["max_reward"] == pytest.approx(max(good, bad, a, b, c, d), rel=1e-4)
 
 
+def test_a_ranking_as_a_whole_order(make_method: Callable[..., Any], tiny_base: Any) -> None:
+    """Weights e^score a, b, c, d with b and d tied for the best, then a, then c; the mean over the two orders' -log p:
+
+    b then d: b / (a+b+c+d) * d / (a+c+d); d then b: d / (a+b+c+d) * b / (a+b+c); both times a / (a + c).
+    The pair beside it counts as ever, and centring goes over all comparisons: + .3 times the mean of each row's.
+    """
+    method, rows = make_method("reward", [PAIRS[0], RANKING], ranking="plackett_luce", centering_coefficient=0.3)
+    (good, bad), four = scores(tiny_base, rows)
+    a, b, c, d = (math.exp(score) for score in four)
+    total, last = a + b + c + d, math.log(a / (a + c))
+    orders = [-math.log(b / total * d / (a + c + d)) - last, -math.log(d / total * b / (a + b + c)) - last]
+    sums = [four[i] + four[j] for j in range(4) for i in range(j)]
+    centred = 0.3 * ((good + bad) ** 2 + sum(x**2 for x in sums) / 6)
+    loss, _ = step(method, rows)
+    assert loss == pytest.approx((bradley_terry(good - bad) + sum(orders) / 2 + centred) / 2, rel=1e-5)
+
+
 def test_centring(make_method: Callable[..., Any], tiny_base: Any) -> None:
     """A coefficient of .3 adds .3 times the mean of (r_chosen + r_rejected)^2."""
     losses = []
