@@ -108,6 +108,13 @@ def latest(folder: Path) -> tuple[Path, State] | None:
     return None
 
 
+def read(path: Path, step: int) -> State:
+    """The checkpoint of `step` at `path`; EnvironmentProblem where it does not verify."""
+    if problem := verify(path, step):
+        raise EnvironmentProblem(f"{path}: {problem}")
+    return _read(path)
+
+
 def verify(path: Path, step: int) -> str | None:
     """What is wrong with the checkpoint `path`, naming the file that failed; None when all is as it was written."""
     try:

@@ -102,7 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lowrank-align {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     demo = commands.add_parser(
-        "demo", help="the whole loop on one base: SFT, pairs, reward model, DPO, PPO, and a table"
+        "demo", help="The whole loop on one base: SFT, pairs, reward model, DPO, PPO, and a table"
     )
     demo.add_argument(
         "--out",
@@ -120,11 +120,11 @@ def make_parser() -> argparse.ArgumentParser:
     for name, settings in (METHODS | OTHER_COMMANDS).items():
         _add_command(commands, name, settings)
     data = commands.add_parser(
-        "data", help="rows into and out of the store of judgements", description="The store of judgements, in one file."
+        "data", help="Rows into and out of the store of judgements", description="The store of judgements, in one file."
     ).add_subparsers(dest="what", metavar="WHAT", required=True)
     for name, settings in DATA_COMMANDS.items():
         _add_command(data, name, settings, f"data {name}")
-    runs = commands.add_parser("runs", help="list, compare and delete runs")
+    runs = commands.add_parser("runs", help="List, compare and delete runs")
     runs.add_argument("folder", nargs="?", default="runs", help="(default: %(default)s)")
     runs.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), help="settings and last figures of two runs, side by side"
@@ -155,6 +155,10 @@ def _run(command: str, arguments: dict[str, Any]) -> int:
         from lowrank_align.apps.studio import run_studio
 
         return run_studio(settings)  # type: ignore[arg-type]
+    elif command == "frontier":
+        from lowrank_align.apps.frontier import run_frontier
+
+        return run_frontier(settings)  # type: ignore[arg-type]
     else:
         from lowrank_align import commands
 
@@ -190,7 +194,7 @@ def _confirmed() -> bool:
 
 def _add_command(commands: Any, name: str, settings: type[Settings], whole_name: str = "") -> None:
     text = (settings.__doc__ or "").strip()
-    parser = commands.add_parser(name, help=text[0].lower() + text[1:].rstrip("."), description=text)
+    parser = commands.add_parser(name, help=text.rstrip("."), description=text)
     parser.add_argument("--config", metavar="FILE", help="a YAML file with these settings; flags win")
     for field, info in settings.model_fields.items():
         if POSITIONAL.get(whole_name or name) == field:

@@ -38,7 +38,7 @@ LAYERS: dict[str, list[str]] = {
         "turns",
         "base",
     ],
-    "around the base": ["preset_check", "rollout", "rewards", "conversation", "export"],
+    "around the base": ["preset_check", "rollout", "pairs", "rewards", "conversation", "export"],
     "methods": ["methods"],
     "training": ["preflight", "loop", "checks", "train"],
     "evaluation": ["evaluate"],

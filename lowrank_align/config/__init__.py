@@ -29,6 +29,7 @@ from lowrank_align.config.data import (
 )
 from lowrank_align.config.evaluation import EvalSettings
 from lowrank_align.config.knobs import ModelSettings, Settings
+from lowrank_align.config.loops import FrontierSettings, RoundsSettings
 from lowrank_align.config.methods import METHODS
 from lowrank_align.config.offline import (
     CoHSettings,
@@ -69,6 +70,7 @@ __all__ = [
     "EvalSettings",
     "ExpertSettings",
     "ExportSettings",
+    "FrontierSettings",
     "GRPOSettings",
     "GenerateSettings",
     "KTOSettings",
@@ -84,6 +86,7 @@ __all__ = [
     "RLOOSettings",
     "ReadingSettings",
     "RewardSettings",
+    "RoundsSettings",
     "RowsSettings",
     "SFTSettings",
     "ScoreSettings",

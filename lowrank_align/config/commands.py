@@ -6,6 +6,7 @@ from pydantic import Field
 
 from lowrank_align.config.evaluation import EvalSettings
 from lowrank_align.config.knobs import Coefficient, ModelSettings, Positive, Settings
+from lowrank_align.config.loops import FrontierSettings
 
 
 class RowsSettings(ModelSettings):
@@ -236,5 +237,6 @@ COMMANDS: dict[str, type[Settings]] = {
     "logps": LogpsSettings,
     "export": ExportSettings,
     "studio": StudioSettings,
+    "frontier": FrontierSettings,
     "doctor": DoctorSettings,
 }

@@ -1,0 +1,106 @@
+"""One piece of work, the folder that keeps its result, and the hash of everything that decides it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from lowrank_align.checkpoint import write_atomic
+
+Kind = Literal["start", "policy", "reward", "best_of"]
+DONE, START = "done.json", "start"
+TRAININGS = "trainings"
+LIBRARIES = ("torch", "transformers", "peft")
+# whose source decides what comes out; a method's own file is added
+SOURCES = (
+    "objectives", "tiny", "annotators.py", "base.py", "loop.py", "rewards.py", "rollout.py", "roles.py", "scoring.py",
+    "tensors.py", "trees.py", "data/chat.py", "methods/method.py", "methods/online.py", "apps/frontier/budget.py",
+    "apps/frontier/measuring.py", "apps/frontier/start.py", "apps/frontier/worker.py",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all tasks of a report stand on; all of it decides their results."""
+
+    model: str
+    weights: str  # SHA-256 of the base's files
+    quantize: str
+    device: str
+    preset: str | None
+    score: str
+    prompts: str | None
+    demonstrations: str | None
+    data_sha256: dict[str, str]
+    budget_tokens: int
+    pairs: int
+    held_out: int
+    max_new_tokens: int
+    temperatures: tuple[float, ...]
+    looks: int  # how often a training is looked at on its way
+
+
+@dataclass(frozen=True)
+class Task:
+    """`spec` is JSON; `start_key` names the start that it goes on from."""
+
+    kind: Kind
+    name: str  # for people: "dpo beta=0.1"
+    seed: int
+    spec: dict[str, Any] = field(default_factory=dict)
+    start_key: str | None = None
+
+    def key(self, ground: Ground) -> str:
+        """16 hexadecimal characters; another key, another result."""
+        method = str(self.spec.get("method", "")).replace("-", "_")
+        own = ["methods/sft.py", "methods/reward.py"] if self.kind != "policy" else [f"methods/{method}.py"]
+        decides = {
+            "task": {"kind": self.kind, "seed": self.seed, "spec": self.spec, "start": self.start_key},
+            "ground": asdict(ground),
+            "libraries": {name: version(name) for name in LIBRARIES},
+            "sources": [source_sha256(name) for name in (*SOURCES, *own)],
+        }
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+    def folder(self, out: Path, ground: Ground) -> Path:
+        """Where its run and its result lie."""
+        return _folder(out, self.name, self.seed, self.key(ground))
+
+    def start_folder(self, out: Path) -> Path:
+        """Where the start that it goes on from lies."""
+        assert self.start_key is not None
+        return _folder(out, START, self.seed, self.start_key)
+
+
+def _folder(out: Path, name: str, seed: int, key: str) -> Path:
+    plain = "".join(c if c.isalnum() or c in "._=-" else "_" for c in name)
+    return out / TRAININGS / f"{plain}-seed{seed}-{key}"
+
+
+def read_done(folder: Path) -> dict[str, Any] | None:
+    """The task's result; None where it is not finished."""
+    try:
+        found = json.loads((folder / DONE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def write_done(folder: Path, result: Mapping[str, Any]) -> None:
+    """Last of all: from here on the task is not run again."""
+    write_atomic(folder / DONE, json.dumps(result, indent=1) + "\n")
+
+
+@cache
+def source_sha256(name: str) -> str:
+    """Of a source file of the package, or of all in a folder of it; of one that is not there, the empty text's."""
+    place = files("lowrank_align") if not name.startswith("apps/") else files("lowrank_align.apps")
+    path = place.joinpath(name.removeprefix("apps/"))
+    found = sorted(path.iterdir(), key=lambda entry: entry.name) if path.is_dir() else [path]
+    text = "".join(f.read_text("utf-8") for f in found if f.is_file() and f.name.endswith(".py"))
+    return hashlib.sha256(text.encode()).hexdigest()
