@@ -14,7 +14,7 @@ from lowrank_align.methods.grouped import Group, GroupedMethod
 from lowrank_align.methods.method import Metrics, Retry
 from lowrank_align.methods.online import Judged
 from lowrank_align.objectives.groups import group_advantages
-from lowrank_align.objectives.rollout import grpo_loss
+from lowrank_align.objectives.rollout import GroupLoss, grpo_loss
 from lowrank_align.tensors import masked, reduce
 from lowrank_align.trees import TreeRow
 
@@ -54,7 +54,8 @@ class GRPO(GroupedMethod[GRPOSettings]):
             )  # fmt: skip
             loss = reduce(outcome.loss, mask, s.reduction, weight)
             self.backward(loss)
-        self.measure_step(outcome, scores, mask, metrics)
+        seen = GroupLoss(*(field[:, 0] for field in outcome)) if s.ratio == "sequence" else outcome
+        self.measure_step(seen, scores, mask, metrics)
         if these.ref_logps is not None:
             metrics.mean("kl", outcome.kl, mask)
             metrics.mean("objective/kl", masked(logps - these.ref_logps, mask).sum(dim=1))

@@ -130,7 +130,7 @@ def grpo_loss(
     Shao et al. 2024, arXiv 2402.03300, eq. 3 and 4: KL is k3, ref/pi - log(ref/pi) - 1. rho is exp(new - old) of each
     `token`, or, for a whole `sequence`, exp of the mean over its tokens (GSPO, Zheng et al. 2025, arXiv 2507.18071,
     eq. 7). Reduce with token_mean (DAPO) or sequence_mean (the paper's).
-    Left out: Dr. GRPO's division by a constant length, two-sided clipping, the KL's own importance weight.
+    Left out: Dr. GRPO's division by a constant length, two-sided clipping, KL times rho (DeepSeek-V3.2, 2512.02556).
     Raises ValueError for an unknown `ratio`.
     """
     if ratio not in get_args(RatioKind):
