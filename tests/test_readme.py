@@ -22,9 +22,16 @@ FEWER = {  # what is put behind a command, so that it takes a second
     "reward": ["--max-steps", "2", "--batch-size", "2", "--eval-rows", "2"],
     "dpo": ["--max-steps", "2", "--batch-size", "2"],
     "ppo": ["--max-steps", "2", "--batch-size", "2", "--max-new-tokens", "8"],
+    **{name: ["--max-steps", "2", "--batch-size", "2"] for name in ("kto", "condition", "coh")},
+    **{
+        name: ["--max-steps", "2", "--batch-size", "2", "--max-new-tokens", "8"]
+        for name in ("grpo", "rloo", "online-dpo", "expert", "quark")
+    },
+    "eval": ["--max-new-tokens", "8"],
     "generate": ["--max-new-tokens", "8"],
     "chat": ["--max-new-tokens", "8"],
 }
+PREFIXED = ("condition", "coh", "quark")
 RUN = {
     "README.md",
     "adapter",
@@ -82,15 +89,19 @@ def test_every_command_of_the_block_succeeds(ran: Ran) -> None:
     assert [(argv, code) for argv, code, _ in ran.commands if code] == []
     assert {argv[0] for argv, _, _ in ran.commands} == set(command_names()) - {
         "demo",
+        "frontier",
+        "rounds",
         "studio",
-    }  # those two have tests of their own
+    }  # those have tests of their own
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_runs_folder_is_as_it_says(method: str, ran: Ran) -> None:
     run = ran.folder / "runs" / method
-    more = {"reward": {"reward.json"}, "ppo": {"value"}}.get(method, set())
-    assert {path.name for path in run.iterdir()} - {".lock", "run.json", "dropped_rows.jsonl"} == RUN | more
+    more = {"reward": {"reward.json"}, "ppo": {"value"}} | dict.fromkeys(PREFIXED, {"prompting.json"})
+    assert {path.name for path in run.iterdir()} - {".lock", "run.json", "dropped_rows.jsonl"} == RUN | more.get(
+        method, set()
+    )
     assert (run / "adapter" / "adapter_config.json").is_file()
     assert list((run / "plots").glob("*.png"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -231,12 +242,13 @@ def test_shapes_of_rows() -> None:
     from lowrank_align.methods import method_class
 
     takes = {name: method_class(name).shapes for name in METHODS}
-    takes |= {"generate": frozenset({Shape.prompts}), "score": WITH_COMPLETIONS, "logps": WITH_COMPLETIONS}
+    takes |= dict.fromkeys(("generate", "eval"), frozenset({Shape.prompts}))
+    takes |= {"score": WITH_COMPLETIONS, "logps": WITH_COMPLETIONS}
     lines = re.findall(r"^\| (\w+) \| (`.*) \| (.*) \|$", README[README.index("| shape |") :], re.MULTILINE)
     lines = [line for line in lines if line[0] in set(Shape)]
     assert [shape for shape, _, _ in lines] == [shape.value for shape in Shape]
     for shape, _, commands_of_it in lines:
-        for name in re.findall(r"`(\w+)`", commands_of_it):
+        for name in re.findall(r"`([\w-]+)`", commands_of_it):
             assert Shape(shape) in takes[name], f"{name} takes no {shape}"
     for name, shapes in takes.items():
         if name in METHODS:
