@@ -143,15 +143,16 @@ def _groups(rows: Sequence[Row], left_out: Counter[str]) -> Iterator[Group]:
 
 
 def _answers(row: Row) -> list[Answer]:
-    worths = {
-        Shape.scored: [row.score],
-        Shape.unpaired: [float(bool(row.label))],
-        Shape.pair: [row.preference, 1 - row.preference],
-        Shape.ranking: [-rank for rank in row.ranks or ()],
-    }[row.shape]
-    return [
-        Answer(text, float(worth or 0.0), row.finished) for text, worth in zip(row.completions, worths, strict=True)
-    ]
+    match row.shape:
+        case Shape.pair:
+            worths = [row.preference, 1 - row.preference]
+        case Shape.ranking:
+            worths = [-rank for rank in row.ranks or ()]
+        case Shape.unpaired:
+            worths = [float(bool(row.label))]
+        case _:
+            worths = [float(row.score or 0.0)]
+    return [Answer(text, worth, row.finished) for text, worth in zip(row.completions, worths, strict=True)]
 
 
 def _merged(copies: Sequence[Answer]) -> Answer:

@@ -38,7 +38,7 @@ def win_bars(comparisons: Mapping[str, Comparison], ours: str, theirs: str, file
                 )
             left += share
         if rate.total:
-            error = [[rate.rate - rate.low], [rate.high - rate.rate]]
+            error = [[max(0.0, rate.rate - rate.low)], [max(0.0, rate.high - rate.rate)]]  # rounding, at 0 and 1
             axes.errorbar(rate.rate, place - 0.38, xerr=error, fmt="o", color="black", markersize=3.5, capsize=3, lw=1)
     axes.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(comparisons)), [_short(name) for name in comparisons])
@@ -59,7 +59,7 @@ def calibration(bins: Sequence[Bin], error: float, file: Path) -> None:
 
     figure = Figure(figsize=(5.2, 4.8), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
-    there = [b for b in bins if b.count]
+    there = [b for b in bins if b.comparisons]
     above.plot([0.5, 1], [0.5, 1], color="black", linewidth=0.8, linestyle=":", label="perfectly calibrated")
     above.bar([b.low for b in there], [b.accuracy for b in there], 0.05, align="edge", color=WON, alpha=0.35)
     above.plot(
@@ -73,7 +73,7 @@ def calibration(bins: Sequence[Bin], error: float, file: Path) -> None:
     above.set(ylabel="share ordered right", ylim=(0, 1.03))
     above.set_title(f"calibration error {error:.3f}", fontsize="medium", loc="left")
     above.legend(frameon=False, fontsize="small", loc="upper left")
-    below.bar([b.low for b in bins], [b.count for b in bins], 0.05, align="edge", color=TIED)
+    below.bar([b.low for b in bins], [b.comparisons for b in bins], 0.05, align="edge", color=TIED)
     below.set(xlabel="confidence, s(|margin|)", ylabel="comparisons", xlim=(0.5, 1))
     for axes in (above, below):
         _clean(axes)

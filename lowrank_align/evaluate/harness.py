@@ -5,7 +5,9 @@ are the harness's (Gao et al. 2021, github.com/EleutherAI/lm-evaluation-harness)
 text. Prompts are plain text with the special tokens that the tokenizer adds; chat templates are left out.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +37,7 @@ class RoleScorer:
     def __init__(self, base: Base, role: str, renderer: Renderer, batch_size: int = 16, seed: int = 0) -> None:
         """`renderer` has the prefix that the role answers behind; continuations and answers stand behind it too."""
         self.base, self.role, self.renderer = base, role, renderer
+        self.plain = renderer.with_prefix("")  # of what stands before the prefix
         self.batch_size, self.seed = batch_size, seed
         tokenizer = renderer.tokenizer
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -121,7 +124,7 @@ class RoleScorer:
         """With the special tokens that the tokenizer puts first, and none at the end."""
         from lowrank_align.data.formats import Row, Shape
 
-        return self.renderer.prompt_ids(Row(Shape.prompts, text, [])) if text else []
+        return self.plain.prompt_ids(Row(Shape.prompts, text, [])) if text else []
 
 
 def _windows(first_id: int, ids: list[int], context_tokens: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -134,18 +137,21 @@ def _windows(first_id: int, ids: list[int], context_tokens: int) -> Iterator[tup
         at = end
 
 
+def check_installed() -> None:
+    """EnvironmentProblem with the line that installs the harness, where it is not there."""
+    if find_spec("lm_eval") is None:
+        raise EnvironmentProblem(f"--tasks: lm-evaluation-harness is not installed: {INSTALL}")
+
+
 def as_lm(scorer: RoleScorer) -> Any:
-    """The scorer as an `lm_eval.api.model.LM`. EnvironmentProblem where the harness is not installed."""
-    try:
-        from lm_eval.api.model import LM
-    except ImportError:
-        raise EnvironmentProblem(f"--tasks: lm-evaluation-harness is not installed: {INSTALL}") from None
+    """The scorer as an `lm_eval.api.model.LM`."""
+    from lm_eval.api.model import LM
 
     class RoleLM(LM):  # type: ignore[misc]
         """Each request's `args` as the harness gives them."""
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            return [tuple(found) for found in scorer.likelihoods([request.args for request in requests])]
+            return [(found.logp, found.is_greedy) for found in scorer.likelihoods([r.args for r in requests])]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             return scorer.rolling([request.args[0] for request in requests])
@@ -194,6 +200,7 @@ def _run(model: Any, settings: EvalSettings) -> dict[str, dict[str, float]]:
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it notes every default that it takes
     manager = TaskManager(include_path=settings.task_folder)
     tasks = settings.tasks or []
     for task in tasks:

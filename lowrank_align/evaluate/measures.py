@@ -80,9 +80,9 @@ def report_reward(
     said = [f"left out: {listed(left_out)}"] * bool(listed(left_out))
     said += ["right order: the better answer has the higher score; calibration is of s(margin)", *notes]
     confidences = [
-        (f"{b.low:.2f}-{b.high:.2f}", str(b.count), figure(b.confidence), figure(b.accuracy))
+        (f"{b.low:.2f}-{b.high:.2f}", str(b.comparisons), figure(b.confidence), figure(b.accuracy))
         for b in found.bins
-        if b.count
+        if b.comparisons
     ]
     report.add(
         "reward",

@@ -30,9 +30,7 @@ class LengthControlled(NamedTuple):
     """The win rate that answers of equal length would have."""
 
     rate: Interval
-    length_weight: float  # log odds that one standard deviation of length (or more) is worth, at most
-
-    # The bootstrap resamples prompts.
+    length_weight: float  # log odds that a much longer answer has over one of equal length
 
 
 class Comparison(NamedTuple):
@@ -40,7 +38,7 @@ class Comparison(NamedTuple):
 
     win_rate: WinRate
     delta: Interval  # wins less losses, as a share of all
-    length_controlled: LengthControlled | None  # None where no comparison was decided
+    length_controlled: LengthControlled | None  # None where all outcomes are alike, or there are none
     undecided: int
 
 
@@ -55,7 +53,8 @@ def compare(outcomes: Sequence[Outcome], length_differences: Sequence[int], seed
     wins, losses = sum(o > 0.5 for o, _ in decided), sum(o < 0.5 for o, _ in decided)
     rate = WinRate.of(wins, len(decided) - wins - losses, losses)
     delta = Interval(2 * rate.rate - 1, 2 * rate.low - 1, 2 * rate.high - 1)
-    controlled = length_controlled([o for o, _ in decided], [d for _, d in decided], seed) if decided else None
+    varied = len({o for o, _ in decided}) > 1  # where all came out alike, nothing tells length from the rest
+    controlled = length_controlled([o for o, _ in decided], [d for _, d in decided], seed) if varied else None
     return Comparison(rate, delta, controlled, len(outcomes) - len(decided))
 
 

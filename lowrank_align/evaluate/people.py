@@ -9,6 +9,7 @@ from lowrank_align.data.formats import Row, parse_row
 from lowrank_align.errors import UserError
 from lowrank_align.ratings import Agreement, WinRate, agreement, agreement_with_scores
 from lowrank_align.store import Entry, Store
+from lowrank_align.store.encoding import canonical, content_id
 from lowrank_align.store.records import TRAINERS_OWN
 from lowrank_align.store.stats import summary
 
@@ -24,7 +25,7 @@ class Vote:
 
 @dataclass(frozen=True)
 class People:
-    """How far annotators agree on the same records, all together and two by two."""
+    """How far annotators agree on the same answers, all together and two by two."""
 
     together: Agreement
     by_two: dict[str, Agreement]  # "ann, ben"
@@ -41,11 +42,15 @@ class Siding:
 
 
 def people(entries: Sequence[Entry]) -> People:
-    """Agreement between all who judged the same record: same verdict, same order. What was skipped says nothing."""
+    """Agreement between all who judged the same answers: same verdict, same order. What was skipped says nothing.
+
+    The same are those of one prompt with equal texts, also where they came from different files. Of what somebody has
+    judged twice, the newer counts.
+    """
     said: dict[str, dict[str, str]] = defaultdict(dict)
     for entry in entries:
         if entry.judgement.verdict != "skip":
-            said[entry.record.id][entry.annotator] = summary(entry)
+            said[_answers_id(entry)][entry.annotator] = summary(entry)
     names = sorted({entry.annotator for entry in entries})
     by_two = {
         f"{a}, {b}": found
@@ -55,6 +60,10 @@ def people(entries: Sequence[Entry]) -> People:
         ).items
     }
     return People(agreement(said.values()), by_two, dict(Counter(entry.annotator for entry in entries).most_common()))
+
+
+def _answers_id(entry: Entry) -> str:
+    return content_id([entry.record.prompt, sorted(canonical(c.content) for c in entry.record.completions)])
 
 
 def standing(path: str) -> list[Entry]:

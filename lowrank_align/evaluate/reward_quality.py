@@ -31,7 +31,7 @@ class Bin(NamedTuple):
 
     low: float
     high: float
-    count: int
+    comparisons: int
     confidence: float  # mean of s(|margin|)
     accuracy: float  # the better answer had the higher score; equal scores count half
 
@@ -63,6 +63,7 @@ def reward_quality(pairs: Sequence[ScoredPair]) -> RewardQuality:
     groups = sorted({group for pair in pairs for group in pair.groups})
     margins = np.array([pair.better - pair.worse for pair in pairs])
     bins = reliability(margins)
+    distances = [b.comparisons * abs(b.accuracy - b.confidence) for b in bins if b.comparisons]
     scores = [score for pair in pairs for score in (pair.better, pair.worse)]
     tokens = [count for pair in pairs for count in (pair.better_tokens, pair.worse_tokens)]
     return RewardQuality(
@@ -71,7 +72,7 @@ def reward_quality(pairs: Sequence[ScoredPair]) -> RewardQuality:
         better_longer=_accuracy([pair for pair in pairs if pair.better_tokens > pair.worse_tokens]),
         better_shorter=_accuracy([pair for pair in pairs if pair.better_tokens < pair.worse_tokens]),
         bins=bins,
-        calibration_error=sum(b.count * abs(b.accuracy - b.confidence) for b in bins if b.count) / len(pairs),
+        calibration_error=sum(distances) / len(pairs),
         brier=float(np.mean((1 - _sigmoid(margins)) ** 2)),
         length_correlation=correlation(scores, tokens),
         margin_correlation=correlation(margins.tolist(), [p.better_tokens - p.worse_tokens for p in pairs]),
