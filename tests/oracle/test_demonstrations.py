@@ -26,7 +26,7 @@ def fit(world: World, shares: Tensor) -> Tensor:
         result = nll(world.per_token_logps(logits), world.row_mask)
         return (shares.flatten()[:, None] * result.loss).sum() / (shares.flatten() * result.num_tokens).sum()
 
-    return world.log_probs(minimise(loss, world.ref_logits))
+    return world.log_probs(minimise(loss, world.ref_logits, max_iterations=250))
 
 
 def chosen_of_pairs(world: World) -> Tensor:

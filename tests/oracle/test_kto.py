@@ -48,7 +48,7 @@ def test_the_more_often_bad_dies_out():
     it falls as h goes to minus infinity. A proper likelihood would stop where s(z) = q. So pi* (of any reward) is not
     the end: what is bad more than half the time disappears, while the score rises.
     """
-    stages = [WORLD.log_probs(descend(expected_loss, WORLD.ref_logits, steps)) for steps in (30, 600)]
+    stages = [WORLD.log_probs(descend(expected_loss, WORLD.ref_logits, steps)) for steps in (30, 300)]
     bad = [(policy.exp() * (GOOD < 0.5)).sum(-1).max().item() for policy in (WORLD.reference, *stages)]
     scores = [WORLD.expected_reward(policy).min().item() for policy in (WORLD.reference, *stages)]
     seen = f"probability of the mostly bad {bad}, score {scores}"
@@ -60,6 +60,6 @@ def test_the_more_often_bad_dies_out():
 
 def test_weights_move_the_threshold():
     """l_D q = l_U (1 - q): with l_D = 1/2 a completion must be good two times out of three to survive."""
-    policy = WORLD.log_probs(descend(lambda logits: expected_loss(logits, 0.5), WORLD.ref_logits, 600))
+    policy = WORLD.log_probs(descend(lambda logits: expected_loss(logits, 0.5), WORLD.ref_logits, 300))
     below = (policy.exp() * (GOOD < 2 / 3)).sum(-1).max().item()
     assert below < 0.01, f"probability of what is good less than 2/3 of the time {below:.3f}"

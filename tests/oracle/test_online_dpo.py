@@ -27,7 +27,7 @@ def on_own_pairs(preference: Tensor):
 
 def test_true_preferences_approach_the_optimum():
     """pi* fits every pair, s(beta (h_i - h_j)) = mu_ij, so the gradient is 0 there however pairs are drawn."""
-    found = WORLD.log_probs(descend(on_own_pairs(PAIRS.preference), WORLD.ref_logits, 400, learning_rate=0.2))
+    found = WORLD.log_probs(descend(on_own_pairs(PAIRS.preference), WORLD.ref_logits, 250, learning_rate=0.2))
     reached = distance(found, WORLD.optimum(BETA))
     assert reached.gap < 1e-4, f"{reached}"
 
@@ -37,12 +37,12 @@ def test_higher_score_wins_goes_past_the_optimum():
     long as it trains: the score passes pi*'s at a higher KL, and the best completion takes more and more.
     """
     surely = (PAIRS.preference > 0.5).double()
-    stages = [WORLD.log_probs(descend(on_own_pairs(surely), WORLD.ref_logits, steps)) for steps in (20, 100, 400)]
+    stages = [WORLD.log_probs(descend(on_own_pairs(surely), WORLD.ref_logits, steps)) for steps in (20, 100, 200)]
     best = WORLD.rewards.argmax(-1, keepdim=True)
     of_best = [policy.gather(-1, best).exp().min().item() for policy in (WORLD.optimum(BETA), *stages)]
     scores = [WORLD.expected_reward(policy).min().item() for policy in (WORLD.optimum(BETA), *stages)]
     kls = [kl(policy, WORLD.reference).min().item() for policy in (WORLD.optimum(BETA), *stages)]
-    seen = f"pi*, then after 20, 100, 400 steps: score {scores}, KL {kls}, probability of the best {of_best}"
+    seen = f"pi*, then after 20, 100, 200 steps: score {scores}, KL {kls}, probability of the best {of_best}"
     assert scores[1] < scores[2] < scores[3] and scores[0] < scores[2], seen
     assert kls[1] < kls[2] < kls[3] and kls[0] < kls[2], seen
     assert of_best[1] < of_best[2] < of_best[3], seen
