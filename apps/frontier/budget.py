@@ -74,6 +74,7 @@ def spent_online(settings: TrainSettings, metrics: Sequence[Mapping[str, Any]]) 
     )
 
 
-def reward_steps(settings: RewardSettings, rows: int) -> int:
-    """Steps of a reward model's epochs, as the loop counts them."""
-    return settings.max_steps or -(-max(1, round(settings.epochs * rows)) // settings.batch_size)
+def spent_on_reward(settings: RewardSettings, rows: int, answer_tokens: float) -> Spent:
+    """By a reward model on so many pairs, both answers of each; by epochs, a last batch may be smaller."""
+    seen = settings.max_steps * settings.batch_size if settings.max_steps else max(1, round(settings.epochs * rows))
+    return Spent(0, round(2 * seen * answer_tokens))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowrank_align.apps.frontier.budget import Spent, answers_per_step, reward_steps
+from lowrank_align.apps.frontier.budget import Spent, spent_on_reward
 from lowrank_align.apps.frontier.tasks import Ground
 from rich.console import Console
 
@@ -143,8 +143,7 @@ def make_start(world: World, folder: Path) -> dict[str, Any]:
     )
     world.train(reward)
     assert isinstance(reward, RewardSettings)
-    steps = reward_steps(reward, len(drawn.labels.rows))
-    spent = Spent(0, round(steps * answers_per_step(reward)[1] * drawn.mean_tokens))
+    spent = spent_on_reward(reward, len(drawn.labels.rows), drawn.mean_tokens)
     return {
         "answer_tokens": drawn.mean_tokens,
         "pairs": Spent(drawn.tokens, 0).as_json(),
