@@ -191,7 +191,8 @@ ROWS: dict[str, tuple[str, bytes, str]] = {
     "a pair for sft": (
         "sft",
         lines(PAIR),
-        f"rows.jsonl:1: row: is of shape pair (fields: prompt, chosen, rejected), {NEEDS_DEMONSTRATION}",
+        f"rows.jsonl:1: row: is of shape pair (fields: prompt, chosen, rejected), {NEEDS_DEMONSTRATION}; "
+        "`lowrank-align data convert FILE --to demonstrations --out OUT.jsonl` makes them",
     ),
     "a demonstration for dpo": (
         "dpo",
