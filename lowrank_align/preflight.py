@@ -10,7 +10,7 @@ import torch
 from lowrank_align import adapters
 from lowrank_align.architecture import UnknownFigures
 from lowrank_align.base import Base
-from lowrank_align.config import TrainSettings, read_yaml
+from lowrank_align.config import OnlineSettings, TrainSettings, read_yaml
 from lowrank_align.data.training import Tell
 from lowrank_align.errors import EnvironmentProblem
 from lowrank_align.loading import DTYPES, pick_device, pick_dtype, read_config
@@ -46,7 +46,9 @@ def plan_run(settings: TrainSettings, rows: Sequence[TreeRow], base: Base | None
         rank, targets = adapters.size_of(settings.adapter)
         settings = settings.model_copy(update={"rank": rank, "target_modules": targets})
     longest = longest_rows(rows, 1)[0]
-    lengths = [len(completion.ids) for completion in longest.completions] or [getattr(settings, "max_new_tokens", 0)]
+    lengths = [len(completion.ids) for completion in longest.completions]
+    if isinstance(settings, OnlineSettings):
+        lengths = [settings.max_new_tokens] * settings.trained_answers
     layout: Literal["tree", "flat"] = "flat" if architecture.needs_flat_rows else "tree"
     work = work_of(
         settings,
@@ -83,7 +85,8 @@ def rows_at(rows: Sequence[TreeRow], work: Workload, max_length: int) -> Workloa
     for row in rows:
         room = max_length - len(row.prompt_ids)
         if room > 0 and (not work.max_new_tokens or 0 < new_tokens <= room):
-            completions = [min(len(completion.ids), room) for completion in row.completions] or [new_tokens]
+            completions = [min(len(completion.ids), room) for completion in row.completions]
+            completions = completions or [new_tokens] * work.completions
             sizes.append((len(row.prompt_ids) + sum(completions), len(row.prompt_ids), completions))
     if not sizes:
         return None

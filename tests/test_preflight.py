@@ -55,6 +55,22 @@ def test_ppo_counts_the_answers_that_it_will_make(tiny_base: Any) -> None:
     assert preflight.plan_run(judged, [TreeRow([1] * 5, [])], tiny_base).asked.adapters == 3
 
 
+@pytest.mark.parametrize(("method", "trained", "drawn"), [("grpo", 6, 24), ("online-dpo", 2, 24), ("expert", 1, 24)])
+def test_groups_count_with_the_answers_they_draw_and_those_they_learn(
+    method: str, trained: int, drawn: int, tiny_base: Any
+) -> None:
+    """4 prompts of 6 answers: 24 rollouts at once, of which an update sees all of a prompt's, two or one."""
+    from lowrank_align.config import METHODS, resolve
+
+    given = {"model": "x", "prompts": "x", "out": "x", "reward": "m:f", "max_new_tokens": 7, "batch_size": 4}
+    settings = resolve(METHODS[method], given | {"group_size": 6})
+    work = preflight.plan_run(settings, [TreeRow([1] * 5, [])], tiny_base).asked
+    assert (work.completions, work.completion_tokens, work.group_size) == (trained, 7, 6)
+    assert work.rollout_batch_size == drawn
+    shorter = preflight.rows_at([TreeRow([1] * 5, [])], work, work.max_length)
+    assert shorter is not None and shorter.completions == trained
+
+
 def test_an_adapter_that_is_continued_counts_with_its_own_rank(trained: Path, tiny_llama: Path) -> None:
     """The run `sft` has rank 2; DPO from it keeps a frozen copy as the reference."""
     from lowrank_align.config import DPOSettings

@@ -26,7 +26,8 @@ from lowrank_align.plan import (
 )
 from lowrank_align.presets import Preset, read_preset
 
-PAIRED = ("reward", "dpo", "condition", "online-dpo")  # a row of theirs has two completions
+PAIRED = ("reward", "dpo", "condition")  # a row of theirs has two completions
+LEARNED = {"online-dpo": 2, "expert": 1}  # so many answers of a group; others learn from all
 
 
 def _roles(method: str) -> list[str]:
@@ -72,7 +73,10 @@ def workload_of(settings: PlanSettings, preset: Preset | None, architecture: Arc
             raise UserError(f"max_new_tokens: {new_tokens} leaves no room for a prompt within max_length {length}")
         new_tokens = length // 2
     completion = new_tokens or length // 2
-    group = 2 if method in PAIRED else knobs.get("group_size") or 1
+    group_size = (settings.completions or knobs.get("group_size") or 1) if rolls_out(method) else 1
+    completions = settings.completions or (2 if method in PAIRED else 1)
+    if rolls_out(method):
+        completions = LEARNED.get(method, group_size)
     rows = knobs.get("micro_batch_size") or 1
     flat = architecture.needs_flat_rows or (preset is not None and preset.layout == "flat")
     return Workload(
@@ -84,7 +88,8 @@ def workload_of(settings: PlanSettings, preset: Preset | None, architecture: Arc
         micro_batch_size=rows,
         prompt_tokens=length - completion,
         completion_tokens=completion,
-        completions=settings.completions or group,
+        completions=completions,
+        group_size=group_size,
         max_new_tokens=new_tokens,
         rollout_batch_size=knobs.get("rollout_batch_size") or 1,
         gradient_checkpointing=bool(knobs.get("gradient_checkpointing")),

@@ -44,6 +44,11 @@ class OnlineSettings(TrainSettings):
         """The rewards that are runs, not functions."""
         return [reward for reward in self.reward if not is_function(reward)]
 
+    @property
+    def trained_answers(self) -> int:
+        """How many of a prompt's answers an update learns from at once."""
+        return int(getattr(self, "group_size", 1))
+
     @field_validator("reward", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: object) -> object:
@@ -196,6 +201,10 @@ class OnlineDPOSettings(OnlineSettings):
     loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
     """The loss on the difference of log-ratios."""
 
+    @property
+    def trained_answers(self) -> int:
+        return 2
+
 
 class ExpertSettings(OnlineSettings):
     """Expert iteration: answers are sampled, the best of each prompt are learned, and again."""
@@ -209,6 +218,10 @@ class ExpertSettings(OnlineSettings):
     """Prompts per step: of each, the best answer is learned."""
     group_size: Annotated[int, Field(ge=2)] = 8
     """Answers per prompt."""
+
+    @property
+    def trained_answers(self) -> int:
+        return 1
 
 
 class QuarkSettings(OnlineSettings):

@@ -216,7 +216,7 @@ def _chunk_bytes(a: Architecture, w: Workload) -> int:
 def _rollouts(a: Architecture, w: Workload) -> dict[str, int]:
     """The larger of the prefill, when all prompts go through a layer, and the last step, when the cache is full."""
     size, batch = DTYPE_BYTES[w.dtype], w.rollout_batch_size
-    prompts = ceil(batch / w.completions) if w.method == "grpo" else batch
+    prompts = ceil(batch / w.group_size)
     per_token = 16 * (_mlp_width(a) + a.hidden_size) if size == 4 else int(8.5 * _mlp_width(a) + 13 * a.hidden_size)
     prefill = prompts * w.prompt_tokens * per_token + _unpacked_bytes(a, w)
     logits = batch * a.vocab_size * 4 * LOGITS_COPIES

@@ -34,7 +34,8 @@ class Workload:
     micro_batch_size: int = 2
     prompt_tokens: int = 512  # of the longest row
     completion_tokens: int = 512  # of each of its completions
-    completions: int = 1  # a row's: 1 a demonstration or rollout, 2 a pair
+    completions: int = 1  # a row's: 1 a demonstration or rollout, 2 a pair, a group's rollouts
+    group_size: int = 1  # rollouts of a prompt, which share its prefill
     max_new_tokens: int = 0
     rollout_batch_size: int = 1
     gradient_checkpointing: bool = False
@@ -78,7 +79,7 @@ def work_of(
     """What a run with these settings has in memory, the longest row having so many tokens."""
     judges = len(settings.reward_runs) if isinstance(settings, OnlineSettings) else 0
     has_reference = settings.needs_reference and settings.adapter is not None
-    trained = settings.trained_adapters
+    trained, group_size = settings.trained_adapters, getattr(settings, "group_size", 1)
     return Workload(
         method=settings.method,
         quantize=settings.quantize,
@@ -91,7 +92,8 @@ def work_of(
         completion_tokens=completion_tokens,
         completions=completions,
         max_new_tokens=getattr(settings, "max_new_tokens", 0),
-        rollout_batch_size=min(getattr(settings, "rollout_batch_size", 1), settings.batch_size),
+        group_size=group_size,
+        rollout_batch_size=min(getattr(settings, "rollout_batch_size", 1), settings.batch_size * group_size),
         gradient_checkpointing=settings.gradient_checkpointing,
         optimizer=settings.optimizer,
         adapters=trained + has_reference + judges,
