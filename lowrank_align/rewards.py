@@ -16,10 +16,11 @@ from torch import Tensor
 
 from lowrank_align.base import Base
 from lowrank_align.config import is_function
+from lowrank_align.data.formats import Row
 from lowrank_align.errors import NumericError, UserError, nearest
 from lowrank_align.trees import TreeRow
 
-__all__ = ["WINDOW", "HackingWatch", "RewardFunction", "Rewards", "is_function", "load_function"]
+__all__ = ["WINDOW", "HackingWatch", "RewardFunction", "Rewards", "is_function", "load_function", "seen_prompt"]
 
 WINDOW = 12  # steps over which a climb is looked for
 CLIMB = 0.5  # Kendall's tau with time from which a figure climbs: by chance in 12 steps 1 in 90 times
@@ -79,6 +80,11 @@ def _called(function: RewardFunction, prompts: Sequence[str], completions: Seque
     return scores
 
 
+def seen_prompt(row: Row) -> str:
+    """What a reward function sees: the prompt as the row has it; of a conversation, what was said last."""
+    return row.prompt if isinstance(row.prompt, str) else str(row.prompt[-1]["content"])
+
+
 class Rewards:
     """Several rewards as one score: sum of weight * score, reward runs shifted as their `reward.json` says."""
 
@@ -111,6 +117,16 @@ class Rewards:
         """(N,) the scores by each function. UserError or NumericError, naming the prompt, for what it does wrong."""
         device = self.base.device
         return {name: torch.tensor(f(prompts, completions), device=device) for name, f in self.functions.items()}
+
+    def scores(
+        self, rows: Sequence[Row], trees: Sequence[TreeRow], texts: Sequence[Sequence[str]], size: int
+    ) -> Tensor:
+        """(N,) the weighted scores of the completions of each row, `trees` their tokens and `texts` what they say."""
+        prompts = [seen_prompt(row) for row, group in zip(rows, texts, strict=True) for _ in group]
+        parts = self.of_trees(trees, size)
+        if self.functions:
+            parts = parts | self.of_texts(prompts, [text for group in texts for text in group])
+        return self.total(parts)
 
     def total(self, parts: dict[str, Tensor]) -> Tensor:
         """(N,) the weighted sum of what `of_trees` and `of_texts` gave."""

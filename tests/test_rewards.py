@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lowrank_align.errors import NumericError, UserError
-from lowrank_align.rewards import is_function, load_function
+from lowrank_align.rewards import HackingWatch, is_function, load_function
 
 MODULES = itertools.count()
 
@@ -160,3 +160,109 @@ def test_checked_before_the_model_loads(tiny_llama: Path, tmp_path: Path, capsys
     assert main([*command, "--reward", "no_such_module_anywhere:score"]) == 2
     assert "no module no_such_module_anywhere" in capsys.readouterr().err
     assert not Path("run").exists()
+
+
+# ---- several rewards, and what is taken off them
+
+
+def test_rewards_add_up_with_their_weights(
+    module: Callable[[str], str], run: Callable[..., Path], make_method: Callable[..., Any]
+) -> None:
+    """Half a run's shifted score less twice the number of letters; each is measured alone too."""
+    from lowrank_align.rollout import Rollout
+
+    pairs = [{"prompt": "Say a: ", "chosen": "aaa", "rejected": "zz top"}] * 4
+    reward = run("reward", pairs, "reward", max_steps=3, learning_rate=5e-3, shift_over="chosen")
+    letters = f"{module(function('return [len(c) for c in completions]'))}:score"
+    method, rows = make_method(
+        "grpo", [{"prompt": "Say a: "}], reward=[str(reward), letters], reward_weights=[0.5, -2.0], group_size=2,
+        missing_eos_penalty=0.25, length_penalty=0.125,
+    )  # fmt: skip
+    ids = method.base.tokenizer.encode("ab", add_special_tokens=False)
+    end = method.renderer.end_ids[0]
+    group = [Rollout(rows[0].prompt_ids, [*ids, end], True), Rollout(rows[0].prompt_ids, ids[:1], False)]
+    judged = method.judge(rows, [group], lambda f, knob: f(2))
+    by_run = []
+    for rollout in group:
+        from lowrank_align.methods.online import group_row
+
+        with method.base.role("reward"):
+            by_run.append(method.base.scores(method.base.collate([group_row([rollout])]), shifted=True).item())
+    raw = [0.5 * by_run[0] - 2 * 2, 0.5 * by_run[1] - 2 * 1]
+    assert abs(by_run[0] - by_run[1]) > 1e-3
+    assert judged.raw.tolist() == pytest.approx(raw, abs=1e-5)
+    assert judged.scores.tolist() == pytest.approx([raw[0] - 3 * 0.125, raw[1] - 0.125 - 0.25], abs=1e-5)
+    assert method.measured[f"rewards/{letters}"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"reward": ["m:f"], "reward_weights": [1.0, 2.0]}, "reward_weights: 2 for 1 rewards; give one each"),
+        ({"reward": []}, "reward: empty"),
+    ],
+)
+def test_rewards_that_do_not_fit(knobs: dict[str, Any], message: str) -> None:
+    from lowrank_align.config import METHODS, resolve
+
+    with pytest.raises(UserError, match=message):
+        resolve(METHODS["grpo"], {"model": "x", "prompts": "x", "out": "x", **knobs})
+
+
+# ---- reward hacking
+
+
+def test_a_climb_of_all_three_is_told_once_a_window() -> None:
+    """Score, KL and length rise by 1 from 10 each step: seen from the 12th step on, said there and 12 steps later."""
+    watch = HackingWatch()
+    said = [step for step in range(1, 31) if watch.add(10 + step, 10 + step, 10 + step)]
+    assert said == [12, 24]
+    assert watch.climbing
+
+
+@pytest.mark.parametrize("still", [0, 1, 2])
+def test_two_of_three_are_no_climb(still: int) -> None:
+    watch = HackingWatch()
+    for step in range(1, 31):
+        figures = [10.0 + step] * 3
+        figures[still] = 10.0 + step % 2
+        assert not watch.add(*figures)
+    assert not watch.climbing
+
+
+def test_lengths_that_hardly_grow_are_no_climb() -> None:
+    """From 100 to 104 in twelve steps: the second half is 2 % longer than the first."""
+    watch = HackingWatch()
+    assert not any(watch.add(step, step, 100 + step / 3) for step in range(12))
+
+
+def test_a_resumed_watch_says_what_it_would_have_said() -> None:
+    whole, cut = HackingWatch(), HackingWatch()
+    said = [whole.add(step, step, step) for step in range(30)]
+    found = [cut.add(step, step, step) for step in range(17)]
+    again = HackingWatch()
+    again.load_state_dict(json.loads(json.dumps(cut.state_dict())))
+    assert found + [again.add(step, step, step) for step in range(17, 30)] == said
+
+
+def test_a_run_that_is_paid_by_the_letter(
+    module: Callable[[str], str], run: Callable[..., Path], monkeypatch: Any, capsys: Any
+) -> None:
+    """Every step's figures climb, whatever it learns: one line, and the metric is 1 from then on."""
+    monkeypatch.setattr("lowrank_align.rewards.WINDOW", 3)
+    monkeypatch.setattr("lowrank_align.methods.online.WINDOW", 3)
+    from lowrank_align.methods.rloo import RLOO
+
+    measure, count = RLOO.measure, itertools.count(10)
+
+    def climbing(self: Any, judged: Any, kl: Any) -> dict[str, float]:
+        n = next(count)
+        names = ("objective/scores", "objective/kl", "completions/mean_length")
+        return measure(self, judged, kl) | dict.fromkeys(names, float(n))
+
+    monkeypatch.setattr(RLOO, "measure", climbing)
+    name = f"{module(function('return [len(c) for c in completions]'))}:score"
+    folder = run("rloo", [{"prompt": "Say: "}], "run", reward=name, max_new_tokens=3, batch_size=1, group_size=2)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["reward_hacking"] for line in lines] == [0, 0, 1, 1]
+    assert capsys.readouterr().out.count("score, KL and length have all climbed for 3 steps") == 1

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import compress
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from rich.progress import track
 from lowrank_align import adapters
 from lowrank_align.base import Base
 from lowrank_align.checkpoint import write_atomic
+from lowrank_align.commands.best_of import highest, scores_of
 from lowrank_align.config import (
     GenerateSettings,
     LogpsSettings,
@@ -30,6 +32,7 @@ from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.loading import check_device, model_folder, read_config, read_tokenizer
 from lowrank_align.preset_check import from_preset, preset_lines
 from lowrank_align.provenance import weights_hash
+from lowrank_align.rewards import Rewards, is_function, load_function
 from lowrank_align.roles import BARE
 from lowrank_align.rollout import generator_for, sample
 from lowrank_align.runs import check_place
@@ -41,17 +44,23 @@ Line = TreeRow | str  # a row's tokens, or why it has none
 
 
 def generate(settings: GenerateSettings) -> None:
-    """Write `{"prompt", "completion", "finished"}`, a line a completion, in the order of the prompts."""
+    """Write `{"prompt", "completion", "finished"}`, a line a completion, in the order of the prompts.
+
+    With `best_of` a line a prompt, the completion with the highest score, and that `score`.
+    """
     _check_before(settings, "policy")
     loaded = load_rows(settings.prompts, expect={Shape.prompts})
     _tell_conversions(loaded, settings.prompts)
     renderer = _behind_prefix(settings, _renderer(settings))
     rows, prompts = _that_fit(loaded.rows, renderer, settings.max_new_tokens)
     base = _load(settings)
+    rewards = Rewards(base, settings.reward or [], settings.reward_weights)
+    rewards.add_roles()
     generator = generator_for(base.device, settings.seed, "generate")
     lines: list[dict[str, Any]] = []
+    drawn, every_score = settings.best_of or settings.completions, list[float]()
     with base.role(_role(settings)):
-        for places in _batches(len(rows), max(1, settings.batch_size // settings.completions)):
+        for places in _batches(len(rows), max(1, settings.batch_size // drawn)):
             groups = sample(
                 base,
                 [prompts[i] for i in places],
@@ -60,12 +69,23 @@ def generate(settings: GenerateSettings) -> None:
                 generator=generator,
                 temperature=settings.temperature,
                 top_p=settings.top_p,
-                completions_per_prompt=settings.completions,
+                completions_per_prompt=drawn,
                 batch_size=settings.batch_size,
             )
-            for i, group in zip(places, groups, strict=True):
-                lines += [_answer(rows[i], renderer.decode(rollout.ids), rollout.finished) for rollout in group]
+            here = [rows[i] for i in places]
+            answers = [
+                [_answer(row, renderer.decode(rollout.ids), rollout.finished) for rollout in group]
+                for row, group in zip(here, groups, strict=True)
+            ]
+            if settings.best_of:
+                scores = scores_of(rewards, renderer, here, groups, settings.batch_size)
+                every_score += [score for group in scores for score in group]
+                answers = [highest(*pair) for pair in zip(answers, scores, strict=True)]
+            lines += [line for group in answers for line in group]
     _write(settings.out, lines)
+    if every_score:
+        means = fmean(line["score"] for line in lines), fmean(every_score)
+        print(f"  best of {drawn}: score {means[0]:.4g} on average, of all {len(every_score)} drawn {means[1]:.4g}")
 
 
 def _that_fit(rows: list[Row], renderer: Renderer, max_new_tokens: int) -> tuple[list[Row], list[list[int]]]:
@@ -133,6 +153,12 @@ def _check_before(settings: RowsSettings | GenerateSettings, kind: adapters.Kind
     if settings.adapter is not None:
         config, folder = read_config(settings.model), model_folder(settings.model)
         adapters.check_before_load(settings.adapter, kind, settings.model, weights_hash(folder), config)
+    for reward in getattr(settings, "reward", None) or ():
+        if is_function(reward):
+            load_function(reward)
+        else:
+            config, folder = read_config(settings.model), model_folder(settings.model)
+            adapters.check_before_load(reward, "reward", settings.model, weights_hash(folder), config)
 
 
 def _renderer(settings: ModelSettings | ShowSettings) -> Renderer:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from lowrank_align.config.evaluation import EvalSettings
 from lowrank_align.config.knobs import Coefficient, ModelSettings, Positive, Settings
@@ -58,6 +58,29 @@ class GenerateSettings(ModelSettings):
     """The longest completion in tokens."""
     batch_size: Positive = 16
     """Completions at once."""
+    best_of: Annotated[int, Field(ge=2)] | None = None
+    """Draw so many completions per prompt and keep the one that --reward scores highest."""
+    reward: list[str] | None = None
+    """For --best-of: reward runs, or module:function(prompts, completions) -> scores, in the current folder too."""
+    reward_weights: list[float] | None = None
+    """A weight for each reward, in the same order; without it, 1 each."""
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _best_by_a_reward(self) -> "GenerateSettings":
+        if bool(self.best_of) != bool(self.reward):
+            raise ValueError("best_of and reward go together: N completions are drawn, the highest score is kept")
+        if self.best_of and self.completions > 1:
+            raise ValueError("best_of and completions exclude each other: of best_of's completions one is kept")
+        if self.best_of and self.temperature == 0:
+            raise ValueError("best_of: at temperature 0 all completions are the same; raise temperature")
+        if len(self.reward_weights or self.reward or []) != len(self.reward or []):
+            raise ValueError(f"reward_weights: {len(self.reward_weights or [])} for {len(self.reward or [])} rewards")
+        return self
 
 
 class ReadingSettings(Settings):

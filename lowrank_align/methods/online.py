@@ -14,7 +14,7 @@ from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.methods.method import Item, Method, Metrics, Retry, assert_policy_is_reference
 from lowrank_align.objectives.rollout import penalise_unfinished
-from lowrank_align.rewards import WINDOW, HackingWatch, Rewards
+from lowrank_align.rewards import WINDOW, HackingWatch, Rewards, seen_prompt
 from lowrank_align.rollout import Rollout, fill_cache, generator_for, sample
 from lowrank_align.trees import Completion, TreeRow, longest_rows
 
@@ -43,9 +43,7 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
         ids = renderer.prompt_ids(row)
         if len(ids) + settings.max_new_tokens > settings.max_length:
             return Rendered(None, f"prompt of {len(ids)} tokens leaves no room for {settings.max_new_tokens} new ones")
-        # what a reward function sees: the prompt as the row has it; of a conversation, what was said last
-        text = row.prompt if isinstance(row.prompt, str) else str(row.prompt[-1]["content"])
-        return Rendered(TreeRow(ids, [], index=row.index, prompt_text=text))
+        return Rendered(TreeRow(ids, [], index=row.index, prompt_text=seen_prompt(row)))
 
     # ---- roles
 
