@@ -125,6 +125,7 @@ def test_a_reward_run_on_pairs(measure: Callable[..., Any], command: Command, ti
     margins = [chosen - rejected for chosen, rejected in scores]
     quality = report["reward"]["quality"]
     assert quality["accuracy"]["wins"] == sum(margin > 0 for margin in margins)
+    assert (report["reward"]["rows_cut"], report["reward"]["left_out"]) == (0, {})
     assert quality["mean_margin"] == pytest.approx(sum(margins) / 5, abs=1e-5)
     assert {name: rate["wins"] + rate["losses"] for name, rate in quality["by_group"].items()} == {"web": 3, "book": 2}
     assert quality["better_longer"]["wins"] + quality["better_longer"]["losses"] == 5
@@ -224,6 +225,10 @@ def test_a_judge_behind_an_address(measure: Callable[..., Any], monkeypatch: pyt
          "criterion by itself"),
         ("--prompts prompts.jsonl --judge evaljudges:longer --against base", "--against base: the bare base against "
          "itself; give --adapter"),
+        (
+            "--prompts prompts.jsonl --judge evaljudges:longer --adapter trained/sft --against trained/sft/adapter",
+            "--against trained/sft/adapter: the same as --adapter",
+        ),
         ("--prompts prompts.jsonl --judge trained/sft", "trained/sft: is a policy run, where a reward is expected"),
         ("--prompts prompts.jsonl --judge evaljudges:no", "evaljudges:no: module evaljudges has no function no"),
         ("--prompts prompts.jsonl --judge evaljudges:longer --max-new-tokens 300", "prompts.jsonl:1: no room for 300 "

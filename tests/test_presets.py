@@ -695,6 +695,7 @@ TAKES = {
     "generate": "--prompts {rows} --out {out}.jsonl --max-new-tokens 2",
     "score": "--data {rows} --out {out}.jsonl --adapter {runs}/reward",
     "logps": "--data {rows} --out {out}.jsonl --adapter {runs}/sft",
+    "eval": "--reward {runs}/reward --data {rows}",
     "export": "--adapter {runs}/sft --out {out}",
     "chat": "--max-new-tokens 2",
 }

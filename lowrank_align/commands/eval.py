@@ -79,8 +79,6 @@ def _answers(settings: EvalSettings, inputs: Inputs, base: Base, rewards: Reward
             sides.append(_draw(settings, inputs, base, name, role, prefix, settings.temperature, settings.top_p))
     if settings.against == REFERENCE:
         sides.append(references(inputs.renderer, inputs.asked))
-    if len(sides) == 2 and sides[0].name == sides[1].name:
-        raise UserError(f"--against {settings.against}: the same as --adapter")
     scored = []
     for side in sides:
         with _doing(f"scores of {side.name}'s answers"):
@@ -146,15 +144,15 @@ def _reward(settings: EvalSettings, inputs: Inputs, rewards: Rewards, report: Re
     assert inputs.renderer is not None and inputs.pairs is not None
     run = str(settings.reward)
     with _doing(f"scores by {run}"):
-        pairs, points, left_out = measures.scored_pairs(
+        scored = measures.scored_pairs(
             rewards, run, inputs.renderer, inputs.pairs.rows, settings.by, settings.batch_size
         )
     known = read_provenance(adapters.run_of(adapters.locate(run))) or {}
     seen = known.get("data_hash") == inputs.pairs.sha256
     notes = [f"it was trained on these very rows, so this is no measure of what it does elsewhere: {settings.data}"]
-    found = measures.report_reward(report, run, pairs, left_out, settings.by, notes * seen)
+    found = measures.report_reward(report, run, scored, settings.by, notes * seen)
     report.plots["calibration.png"] = partial(figures.calibration, found.bins, found.calibration_error)
-    of_all = {"answers": ([tokens for tokens, _ in points], [score for _, score in points])}
+    of_all = {"answers": ([tokens for tokens, _ in scored.points], [score for _, score in scored.points])}
     report.plots["score_length.png"] = partial(figures.score_over_length, of_all, f"score by {run}")
 
 

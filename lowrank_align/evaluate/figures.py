@@ -47,9 +47,7 @@ def win_bars(comparisons: Mapping[str, Comparison], ours: str, theirs: str, file
         xlim=(0, 1), xlabel="share of prompts; the dot is the win rate with its 95 % interval, a tie counting half"
     )
     axes.set_title(f"{_short(ours)} against {_short(theirs)}", fontsize="medium", loc="left")
-    figure.legend(
-        *axes.get_legend_handles_labels(), frameon=False, fontsize="small", ncols=3, loc="outside right upper"
-    )
+    axes.legend(frameon=False, fontsize="small", ncols=3, loc="lower right", bbox_to_anchor=(1.0, 0.99), borderpad=0)
     _save(figure, file)
 
 

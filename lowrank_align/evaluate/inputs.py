@@ -91,6 +91,8 @@ def _check_adapters(settings: EvalSettings, found: Inputs) -> None:
         found.runs["adapter"] = settings.adapter
     if settings.against not in (None, BARE, REFERENCE):
         found.runs["against"] = str(settings.against)
+        if settings.adapter is not None and adapters.locate(settings.adapter) == adapters.locate(str(settings.against)):
+            raise UserError(f"--against {settings.against}: the same as --adapter")
     if (start := _kl_start(settings)) is not None:
         found.runs["start"] = start
     name = str(settings.model)

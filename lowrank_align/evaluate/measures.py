@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from lowrank_align.base import Base
@@ -20,52 +21,60 @@ from lowrank_align.trees import TreeRow
 # ---- a reward run on pairs
 
 
+@dataclass
+class Scored:
+    """Comparisons with a reward run's scores."""
+
+    pairs: list[ScoredPair] = field(default_factory=list)
+    points: list[tuple[int, float]] = field(default_factory=list)  # (tokens, score) of every answer
+    left_out: Counter[str] = field(default_factory=Counter)
+    cut: int = 0  # rows with an answer that was cut
+
+
 def scored_pairs(
     rewards: Rewards, run: str, renderer: Renderer, rows: Sequence[Row], by: str | None, size: int
-) -> tuple[list[ScoredPair], list[tuple[int, float]], Counter[str]]:
-    """Every comparison of pairs and rankings with the run's scores, (tokens, score) of every answer, what was left out.
+) -> Scored:
+    """Every comparison of pairs and rankings.
 
     UserError where nothing is left, or where no row has the column `by`.
     """
     if by is not None and not any(by in row.extra for row in rows):
         there = sorted({name for row in rows for name in row.extra})
         raise UserError(f"--by {by}: no row has this column (others: {', '.join(there) or 'none'})")
-    left_out: Counter[str] = Counter()
+    found = Scored()
     kept: list[tuple[Row, TreeRow]] = []
     for row in rows:
         rendered = renderer.tree_row(row)
-        left_out[str(rendered.dropped)] += rendered.tree is None
+        found.left_out[str(rendered.dropped)] += rendered.tree is None
+        found.cut += rendered.tree is not None and rendered.truncated_tokens > 0
         if rendered.tree is not None:
             kept.append((row, rendered.tree))
     scores = iter(rewards.of_trees([tree for _, tree in kept], size)[run].tolist() if kept else [])
-    pairs: list[ScoredPair] = []
-    points: list[tuple[int, float]] = []
     for row, tree in kept:
         mine = [(len(completion.ids), next(scores)) for completion in tree.completions]
-        points += mine
+        found.points += mine
         for comparison in tree.comparisons:
             if comparison.preference == 0.5:
-                left_out["a tie"] += 1
+                found.left_out["a tie"] += 1
                 continue
             sides = (comparison.first, comparison.second)
             better, worse = sides if comparison.preference > 0.5 else reversed(sides)
             groups = _groups(row.extra.get(by)) if by is not None else ()
-            pairs.append(ScoredPair(mine[better][1], mine[worse][1], mine[better][0], mine[worse][0], groups))
-    if not pairs:
-        raise UserError(f"--data: nothing to compare is left: {listed(left_out)}")
-    return pairs, points, left_out
+            found.pairs.append(ScoredPair(mine[better][1], mine[worse][1], mine[better][0], mine[worse][0], groups))
+    if not found.pairs:
+        raise UserError(f"--data: nothing to compare is left: {listed(found.left_out)}")
+    return found
 
 
 def report_reward(
     report: Report,
     run: str,
-    pairs: Sequence[ScoredPair],
-    left_out: Mapping[str, int],
+    scored: Scored,
     by: str | None = None,
     notes: Sequence[str] = (),
 ) -> RewardQuality:
     """Accuracy, calibration and what length does, into the report."""
-    found = reward_quality(pairs)
+    found = reward_quality(scored.pairs)
     rows = [
         ("right order", share(found.accuracy)),
         ("  where the better answer is longer", share(found.better_longer)),
@@ -77,7 +86,8 @@ def report_reward(
         ("correlation of score and length", figure(found.length_correlation, 2)),
         ("correlation of margin and length difference", figure(found.margin_correlation, 2)),
     ]
-    said = [f"left out: {listed(left_out)}"] * bool(listed(left_out))
+    said = [f"left out: {listed(scored.left_out)}"] * bool(listed(scored.left_out))
+    said += [f"{many(scored.cut, 'row')} with an answer cut at max_length"] * bool(scored.cut)
     said += ["right order: the better answer has the higher score; calibration is of s(margin)", *notes]
     confidences = [
         (f"{b.low:.2f}-{b.high:.2f}", str(b.comparisons), figure(b.confidence), figure(b.accuracy))
@@ -86,8 +96,14 @@ def report_reward(
     ]
     report.add(
         "reward",
-        {"run": run, "comparisons": len(pairs), "left_out": dict(+Counter(left_out)), "quality": found},
-        all_rows(f"Reward run {run}, on {many(len(pairs), 'comparison')}", rows, *said),
+        {
+            "run": run,
+            "comparisons": len(scored.pairs),
+            "left_out": dict(+scored.left_out),
+            "rows_cut": scored.cut,
+            "quality": found,
+        },
+        all_rows(f"Reward run {run}, on {many(len(scored.pairs), 'comparison')}", rows, *said),
         Table("How sure it is, and how often right", ("confidence", "comparisons", "mean", "right"), confidences),
     )
     return found
