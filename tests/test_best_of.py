@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from lowrank_align.rollout import Rollout
+
 ROWS = [{"prompt": "Say: "}, {"prompt": "A much longer question? "}, {"prompt": [{"role": "user", "content": "Hi"}]}]
 FEW = ("--max-new-tokens", "8", "--batch-size", "8", "--quantize", "none")
 
@@ -48,17 +50,28 @@ def test_the_longest_of_four(generate: Any) -> None:
     assert f"best of 4: score {mean:.4g} on average, of all {len(drawn)} drawn" in said
 
 
-def test_a_reward_run_and_a_function_with_weights(generate: Any, command: Any, tiny_llama: Path) -> None:
-    """2 x the run's shifted score less half the length: what `score --shifted` says of the kept answers."""
-    rewards = ("--reward", "trained/reward", "best_of_score:length", "--reward-weights", "2", "-0.5")
+def test_a_reward_run_and_a_function_with_weights(
+    generate: Any, command: Any, tiny_llama: Path, monkeypatch: Any
+) -> None:
+    """2 x the run's shifted score less a tenth of the length, of three known answers: what `score --shifted` says."""
+    texts = ["yes", "no, or so it seems", "b"]
+
+    def known(base: Any, prompts: list[list[int]], *, end_ids: list[int], **_: Any) -> list[list[Rollout]]:
+        ids = [base.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        return [[Rollout(prompt, [*answer, end_ids[-1]], True) for answer in ids] for prompt in prompts]
+
+    monkeypatch.setattr("lowrank_align.commands.rows.sample", known)
+    rewards = ("--reward", "trained/reward", "best_of_score:length", "--reward-weights", "2", "-0.1")
     best, _ = generate("--best-of", 3, *rewards)
-    Path("kept.jsonl").write_text("".join(json.dumps(line) + "\n" for line in best[:2]))  # with whether each ended
+    rows = [{"prompt": row["prompt"], "completion": answer} for row in ROWS[1:2] for answer in texts]
+    Path("known.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = ("score", "--model", tiny_llama, "--adapter", "trained/reward", "--shifted", "--quantize", "none")
-    assert command(*argv, "--data", "kept.jsonl", "--out", "scores.jsonl").code == 0
+    assert command(*argv, "--data", "known.jsonl", "--out", "scores.jsonl").code == 0
     scores = [json.loads(line)["scores"][0] for line in Path("scores.jsonl").read_text().splitlines()]
-    assert len(scores) == 2
-    for line, score in zip(best[:2], scores, strict=True):
-        assert line["score"] == pytest.approx(2 * score - 0.5 * len(text(line)), abs=1e-4)
+    totals = [2 * score - 0.1 * len(answer) for score, answer in zip(scores, texts, strict=True)]
+    assert max(totals) - min(totals) > 0.1
+    assert best[1]["completion"] == texts[totals.index(max(totals))]
+    assert best[1]["score"] == pytest.approx(max(totals), abs=1e-4)
 
 
 @pytest.mark.parametrize(
