@@ -129,7 +129,7 @@ class PPO(OnlineMethod[PPOSettings, Episode]):
         advantages, returns = gae(rewards.rewards, values, mask, s.gamma, s.gae_lambda)
         advantages = whiten(advantages, mask)
         columns, lengths = (logps, values, advantages, returns), mask.sum(1)
-        episodes = [Episode(tree, *(column[i, : lengths[i]] for column in columns)) for i, tree in enumerate(trees)]
+        episodes = [Episode(tree, *_cut(columns, i, int(lengths[i]))) for i, tree in enumerate(trees)]
         kl = rewards.kl.sum(1)
         return episodes, self.measure(judged, kl) | {
             "objective/rlhf_reward": rewards.rewards.sum(1).mean().item(),
@@ -181,9 +181,17 @@ class PPO(OnlineMethod[PPOSettings, Episode]):
         zeros = torch.zeros(self.settings.max_new_tokens, device=self.base.device)
         texts: list[PretrainRow | None] = [PretrainRow(row, 1) for row in longest_rows(self.pretrain_rows, len(trees))]
         texts += [None] * (len(trees) - len(texts))
-        return [Episode(tree, *[zeros] * 4, text) for tree, text in zip(trees, texts, strict=True)]
+        return [Episode(tree, zeros, zeros, zeros, zeros, text) for tree, text in zip(trees, texts, strict=True)]
 
     def save(self, run: RunFolder) -> str:
         """`adapter/` is the policy, `value/` the critic with its head."""
         self.base.save_role("value", run.value, as_reward=True)
         return self.base.save_role("policy", run.adapter)
+
+
+def _cut(
+    columns: tuple[Tensor, Tensor, Tensor, Tensor], row: int, length: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A row of each column, without its padding."""
+    a, b, c, d = columns
+    return a[row, :length], b[row, :length], c[row, :length], d[row, :length]
