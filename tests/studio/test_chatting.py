@@ -59,6 +59,7 @@ def scripted(studio: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
                 thought=thought,
                 ids=[5, 6],
                 prompt_ids=[1],
+                prefix_tokens=0,
                 finished=True,
                 stopped=False,
                 error=None,
