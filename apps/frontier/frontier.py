@@ -31,6 +31,11 @@ def run_frontier(settings: FrontierSettings) -> int:
     with FileLock(out / ".lock", busy=f"{out}: in use by another process"):
         results = _work(plan, settings.workers, console)
         report = gather(plan, results)
+        if report["failed"] and not report["entries"] and not report["best_of_n"]:
+            first, others = report["failed"][0], len(report["failed"]) - 1
+            raise UserError(
+                f"{first['name']}: {first['failed']} (and {others} others failed: there is nothing to report)"
+            )
         report["this_run_seconds"] = time.monotonic() - began
         pictures = draw_figures(report, out)
         write_atomic(out / REPORT_JSON, json.dumps(report, indent=1) + "\n")

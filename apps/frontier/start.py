@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_align.apps.frontier.budget import Spent, spent_on_reward
-from lowrank_align.apps.frontier.tasks import Ground
+from lowrank_align.apps.frontier.tasks import Ground, read_done
 from rich.console import Console
 
 from lowrank_align.annotators import POOL
@@ -111,11 +111,16 @@ class Start:
     answer_tokens: float  # mean, of SFT's answers
     pairs: Spent
     reward: Spent
+    baseline: dict[str, list[float]]  # exact scores of SFT's answers to the validation and the test prompts
 
     @classmethod
-    def read(cls, folder: Path, done: dict[str, Any]) -> "Start":
+    def read(cls, folder: Path) -> "Start":
+        """UserError where it is gone."""
+        done = read_done(folder)
+        if done is None:
+            raise UserError(f"{folder}: the start is gone; the same command makes it again")
         spent = {name: Spent(done[name]["generated"], done[name]["trained"]) for name in ("pairs", "reward")}
-        return cls(folder, done["answer_tokens"], spent["pairs"], spent["reward"])
+        return cls(folder, done["answer_tokens"], spent["pairs"], spent["reward"], done["baseline"])
 
     def put_on(self, base: Base) -> None:
         """SFT and the reward model as roles."""

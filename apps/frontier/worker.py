@@ -36,7 +36,7 @@ def run_task(task: Task, ground: Ground, out: Path) -> dict[str, Any]:
         measure_start(world, folder, result)
     else:
         start_folder = task.start_folder(out)
-        start = Start.read(start_folder, read_done(start_folder) or {})
+        start = Start.read(start_folder)
         work = {"policy": make_policy, "reward": make_reward, "best_of": make_best_of}[task.kind]
         result = work(world, task, folder, start)
     result |= {"name": task.name, "seed": task.seed, "seconds": time.perf_counter() - began}
@@ -54,7 +54,7 @@ def _base(ground: Ground) -> Base:
 
 def measure_start(world: World, folder: Path, result: dict[str, Any]) -> None:
     """SFT's own figures, the scores that others are compared with, and how well the reward model orders answers."""
-    Start.read(folder, result).put_on(world.base)
+    world.base.add_role(JUDGE, start_from=folder / "reward", trainable=False)
     found = world.prompts()
     result["baseline"] = {
         "validation": measuring.baseline(world, found.validation),
@@ -77,7 +77,7 @@ def make_policy(world: World, task: Task, folder: Path, start: Start) -> dict[st
     start.put_on(world.base)
     prefix = measuring.answer_prefix(summary.run)
     world.base.add_role(MEASURED, start_from=summary.run, trainable=False)
-    found, baseline = world.prompts(), (read_done(start.folder) or {})["baseline"]
+    found, baseline = world.prompts(), start.baseline
     result = {
         "learning_rate": settings.learning_rate,
         "steps": summary.steps,
@@ -168,7 +168,7 @@ def make_reward(world: World, task: Task, folder: Path, start: Start) -> dict[st
 def make_best_of(world: World, task: Task, folder: Path, start: Start) -> dict[str, Any]:
     """Best-of-n by the learned reward: nothing is trained, n answers are drawn where one is asked for."""
     start.put_on(world.base)
-    against = (read_done(start.folder) or {})["baseline"]["test"]
+    against = start.baseline["test"]
     found = measuring.best_of(world, world.prompts().test, against, task.spec["counts"])
     return {"counts": found, "spent": (start.pairs + start.reward).as_json()}
 
