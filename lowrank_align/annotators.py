@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from lowrank_align.errors import UserError
 
@@ -57,7 +58,8 @@ POOL: tuple[Annotator, ...] = (
 class Labels:
     """What a pool made of pairs of answers."""
 
-    rows: list[dict[str, str]] = field(default_factory=list)  # prompt, chosen, rejected, annotator
+    rows: list[dict[str, Any]] = field(default_factory=list)  # prompt, chosen, rejected, annotator
+    places: list[int] = field(default_factory=list)  # which pair each row is of, from 0
     identical: int = 0  # pairs without a row: both answers were the same
     flipped: int = 0
     decided: int = 0  # rows between whose answers the exact score decides
@@ -93,9 +95,9 @@ def label_pairs(
     scores_a, scores_b = score(prompts, answers_a), score(prompts, answers_b)
     rng, labels = random.Random(seed), Labels()
     columns = zip(prompts, answers_a, answers_b, scores_a, scores_b, strict=True)
-    for place, (prompt, answer_a, answer_b, score_a, score_b) in enumerate(columns, start=1):
+    for place, (prompt, answer_a, answer_b, score_a, score_b) in enumerate(columns):
         if not (math.isfinite(score_a) and math.isfinite(score_b)):
-            raise UserError(f"answers to prompt {place}: scores {score_a} and {score_b} (the score must be finite)")
+            raise UserError(f"answers to prompt {place + 1}: scores {score_a} and {score_b} (the score must be finite)")
         annotator, swapped = rng.choice(pool), rng.random() < 0.5
         if answer_a == answer_b:
             labels.identical += 1
@@ -106,6 +108,7 @@ def label_pairs(
         takes_first, flipped = annotator.prefers_first(advantage, rng)
         (chosen, high), (rejected, low) = shown if takes_first else shown[::-1]
         labels.rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "annotator": annotator.name})
+        labels.places.append(place)
         labels.flipped += flipped
         labels.decided += high != low
         labels.right += high > low

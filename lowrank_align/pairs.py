@@ -69,11 +69,8 @@ def draw_pairs(
     texts = [prompt_text(row) for row in rows]
     sides = [[renderer.decode(group[side].ids) for group in groups] for side in (0, 1)]
     labels = label_pairs(pool, score, texts, *sides, seed=seed)
-    prompts = dict(zip(texts, (row.prompt for row in rows), strict=True))
-    labels.rows = [
-        {**line, "prompt": prompts[line["prompt"]]}
-        | {side: answer_as(prompts[line["prompt"]], line[side]) for side in ("chosen", "rejected")}
-        for line in labels.rows
-    ]
+    for place, line in zip(labels.places, labels.rows, strict=True):  # by place: two conversations may end alike
+        prompt = rows[place].prompt
+        line |= {"prompt": prompt} | {side: answer_as(prompt, line[side]) for side in ("chosen", "rejected")}
     tokens = sum(len(rollout.ids) for group in groups for rollout in group)
     return Drawn(labels, 2 * len(groups), tokens)

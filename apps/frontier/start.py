@@ -76,7 +76,7 @@ class World:
     def _fitting(self, rows: Sequence[Row]) -> list[Row]:
         """Each prompt once, and only those that leave room."""
         room = self.base.context_tokens - self.ground.max_new_tokens
-        different = {prompt_text(row): row for row in rows}
+        different = {json.dumps(row.prompt): row for row in rows}
         return [row for row in different.values() if len(self.renderer.prompt_ids(row)) <= room]
 
     # ---- training

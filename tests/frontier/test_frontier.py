@@ -14,6 +14,8 @@ from lowrank_align.apps.frontier.report import over_seeds, with_error
 from lowrank_align.apps.frontier.tasks import Ground, Task
 
 from lowrank_align.cli import main
+from lowrank_align.data.chat import Renderer
+from lowrank_align.data.formats import parse_row
 from lowrank_align.errors import Stopped
 
 SMALL = ["--quantize", "none", "--workers", "1", "--seeds", "1", "--no-tune", "--pairs", "8", "--held-out", "8",
@@ -209,3 +211,12 @@ def test_a_folder_that_no_frontier_wrote_is_left_alone(
 
 def test_what_is_left_is_told_in_time() -> None:
     assert [schedule.minutes(seconds) for seconds in (5.4, 99.0, 130.0)] == ["5 s", "99 s", "2 min"]
+
+
+def test_prompts_that_end_alike_are_different_prompts(tiny_base: Any) -> None:
+    """Two conversations with the same last message, one of them twice: two prompts."""
+    cat, dog = ([{"role": "user", "content": text} for text in (of, "Go on.")] for of in ("Of cats.", "Of dogs."))
+    rows = [parse_row({"prompt": prompt}, "f:1", i) for i, prompt in enumerate((cat, dog, cat))]
+    ground: Any = type("G", (), {"max_new_tokens": 4})()
+    world = start.World(tiny_base, ground, 0, lambda *_: [], Renderer(tiny_base.tokenizer, max_length=256))
+    assert [row.prompt for row in world._fitting(rows)] == [cat, dog]
