@@ -222,6 +222,22 @@ def test_a_step_of_expert_iteration_by_hand(make_method: Callable[..., Any], sco
     assert "reference" not in method.base.roles or not method.settings.has_reference
 
 
+# ---- on a base that another run has used
+
+
+@pytest.mark.parametrize(("method", "knobs"), [("expert", {}), ("grpo", {"beta": 0.0}), ("rloo", {"beta": 0.0})])
+def test_another_runs_reference_is_not_asked(
+    method: str, knobs: dict[str, Any], run: Callable[..., Path], tiny_base: Any, score: Callable[[str], str]
+) -> None:
+    """DPO leaves its reference on the base; a run that goes on from it without a KL starts, and measures none."""
+    pairs = [{"prompt": row["prompt"], "chosen": "good", "rejected": "bad"} for row in PROMPTS]
+    before = run("dpo", pairs, "dpo", max_steps=3, learning_rate=1e-2)
+    assert "reference" in tiny_base.roles
+    small = {**SMALL, **knobs, "reward": score("float(len(c))"), "eval_rows": 1, "max_steps": 1}
+    (line,) = lines_of(run(method, PROMPTS, "run", adapter=str(before), **small))
+    assert "eval_objective/scores" in line and "eval_objective/kl" not in line
+
+
 # ---- pairs of a group
 
 

@@ -169,7 +169,7 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
         groups = self.roll_out(rows, "evaluation", retry)
         judged, trees = self.judge(rows, groups, retry), [group_row(group) for group in groups]
         kl = None
-        if "reference" in self.base.roles:
+        if self.settings.needs_reference:  # on a shared base another run's may lie there still
             kl = (self.logps_of("policy", trees, retry) - self.logps_of("reference", trees, retry)).sum(1)
         found = self.measure(judged, kl)
         self.measured = kept
@@ -181,7 +181,7 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
         return row.prompt_ids  # the answer prefix stands at its end already
 
     def check_start(self, rows: Sequence[TreeRow]) -> None:
-        if "reference" in self.base.roles:
+        if self.settings.needs_reference:
             end = Completion(self.renderer.end_ids[:1], [True])
             assert_policy_is_reference(self.base, [TreeRow(row.prompt_ids, [end]) for row in rows[:2]])
 

@@ -6,6 +6,7 @@ the same run.
 
 import gc
 import logging
+import re
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TEMPORARY_ROLES = ("policy", "reference", "value", "reward", "start")  # what methods put on the base
+TEMPORARY_ROLES = re.compile(r"policy|reference|value|start|reward(_\d+)?")  # what methods put on the base
 FIRST_ROUND_PAIRS = 50
 OUT_OF_MEMORY = "out of memory; lower micro_batch_size, max_length or rank under more settings, and start again"
 
@@ -291,7 +292,7 @@ class Trainer:
         studio.voices.live = None
 
         def tidy() -> None:
-            for role in TEMPORARY_ROLES:
+            for role in [role for role in studio.base.roles if TEMPORARY_ROLES.fullmatch(role)]:
                 studio.base.remove_role(role)
             studio.base.enable_checkpointing(False)
             gc.collect()

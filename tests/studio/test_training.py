@@ -73,8 +73,12 @@ def test_a_run_from_the_store_to_a_voice(studio: Any) -> None:
 
 
 def test_what_a_run_leaves_behind(studio: Any) -> None:
-    """No role, no recomputation and no training mode on the base; its rows beside it, as the config names them."""
+    """No role, no recomputation and no training mode on the base; its rows beside it, as the config names them.
+
+    `reward_2` is what a run's second reward model is called.
+    """
     collect(studio)
+    studio.base.add_role("reward_2", rank=2)
     studio.base.enable_checkpointing(True)
     assert checkpointing(studio.base.model)
     finish(studio, request(more="gradient_checkpointing: true"))
