@@ -39,9 +39,12 @@ class Annotator:
         return score_first - score_second + habits
 
     def prefers_first(self, advantage: float, rng: random.Random) -> tuple[bool, bool]:
-        """(whether the first answer is chosen, whether that label was flipped); a coin decides between equals."""
-        better = rng.random() < 0.5 if advantage == 0 else advantage > 0
-        flipped = rng.random() < self.flipped
+        """(whether the first answer is chosen, whether that label was flipped); a coin decides between equals.
+
+        Both are drawn whatever the advantage, so that flips do not depend on scores.
+        """
+        coin, flipped = rng.random() < 0.5, rng.random() < self.flipped
+        better = coin if advantage == 0 else advantage > 0
         return better != flipped, flipped
 
 
@@ -87,17 +90,19 @@ def label_pairs(
 ) -> Labels:
     """Each pair of answers to a prompt is shown to one annotator of the pool, in a drawn order.
 
-    All three sequences have one entry a prompt. The same seed draws the same annotators, orders and flips.
+    All three sequences have one entry a prompt. The seed and a pair's place alone draw its annotator, order, coin and
+    flip, whatever the answers and scores are, its own and those of other pairs.
     UserError for an empty pool or a score that is not finite.
     """
     if not pool:
         raise UserError("annotators: the pool is empty")
     scores_a, scores_b = score(prompts, answers_a), score(prompts, answers_b)
-    rng, labels = random.Random(seed), Labels()
+    labels = Labels()
     columns = zip(prompts, answers_a, answers_b, scores_a, scores_b, strict=True)
     for place, (prompt, answer_a, answer_b, score_a, score_b) in enumerate(columns):
         if not (math.isfinite(score_a) and math.isfinite(score_b)):
             raise UserError(f"answers to prompt {place + 1}: scores {score_a} and {score_b} (the score must be finite)")
+        rng = random.Random(f"{seed}/{place}")
         annotator, swapped = rng.choice(pool), rng.random() < 0.5
         if answer_a == answer_b:
             labels.identical += 1

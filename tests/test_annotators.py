@@ -73,6 +73,17 @@ def test_about_a_quarter_is_flipped_and_the_seed_decides() -> None:
     assert label_pairs(POOL, by_length, ["p"] * count, a, b, seed=2).rows != labels.rows
 
 
+def test_one_changed_answer_changes_its_own_label_alone() -> None:
+    """Of 30 pairs with scores 2 and 1, the first becomes a tie (a coin is tossed), then identical (no row at all): the
+    29 others keep annotator, order and flip."""
+    a, b = ["one two"] * 30, ["one"] * 30
+    pairs = [(a, b), (["other", *a[1:]], b), (["one", *a[1:]], b)]
+    before, tied, identical = (label_pairs(POOL, by_length, ["p"] * 30, *pair, seed=1) for pair in pairs)
+    assert tied.rows[1:] == before.rows[1:]
+    assert identical.rows == before.rows[1:]
+    assert identical.places == list(range(1, 30))
+
+
 def test_what_cannot_be_labelled() -> None:
     with pytest.raises(UserError, match="the pool is empty"):
         label_pairs([], by_length, ["p"], ["a"], ["b"])
