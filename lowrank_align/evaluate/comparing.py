@@ -75,16 +75,25 @@ def ask_judges(
     theirs: Side,
     tell: Callable[[], None] = lambda: None,
 ) -> dict[str, list[Outcome]]:
-    """Every address's outcomes, overall and by criterion, by the name that the report has for them."""
-    sides = zip(asked, ours.texts, theirs.texts, strict=True)
-    questions = [Question(conversation_text(one.row.prompt), a, b) for one, a, b in sides]
-    return {
-        f"{judge.model} at {judge.address}" + (f": {criterion}" if criterion else ""): judge.compare(
-            questions, criterion, tell
-        )
-        for judge in judges
-        for criterion in ["", *criteria]
-    }
+    """Every address's outcomes, overall and by criterion, by the name that the report has for them.
+
+    Of two answers that say the same it is not asked: a tie.
+    """
+    same = _say_the_same(ours, theirs)
+    sides = zip(asked, ours.texts, theirs.texts, same, strict=True)
+    questions = [Question(conversation_text(one.row.prompt), a, b) for one, a, b, alike in sides if not alike]
+    found: dict[str, list[Outcome]] = {}
+    for judge in judges:
+        for criterion in ["", *criteria]:
+            verdicts = iter(judge.compare(questions, criterion, tell))
+            name = f"{judge.model} at {judge.address}" + (f": {criterion}" if criterion else "")
+            found[name] = [0.5 if alike else next(verdicts) for alike in same]
+    return found
+
+
+def _say_the_same(ours: Side, theirs: Side) -> list[bool]:
+    """By prompt, whether both answers are the same text."""
+    return [a == b for a, b in zip(ours.texts, theirs.texts, strict=True)]
 
 
 def report_comparison(
@@ -97,7 +106,16 @@ def report_comparison(
     asked_judges: Mapping[str, list[Outcome]],
     seed: int,
 ) -> dict[str, Comparison]:
-    """Win rates by every judge, and differences of scores, into the report; the comparisons by judge."""
+    """Win rates by every judge, and differences of scores, into the report; the comparisons by judge.
+
+    Answers of the same tokens are a tie of equal scores: each side is scored in its own batches, whose rounding
+    differs. The same text with and without an end token is two answers to a reward run.
+    """
+    alike = [a.completions[0].ids == b.completions[0].ids for a, b in zip(ours.trees, theirs.trees, strict=True)]
+    their_scores = {
+        name: [a if one else b for a, b, one in zip(found, their_scores[name], alike, strict=True)]
+        for name, found in our_scores.items()
+    }
     by_judge = {name: outcomes_of_scores(found, their_scores[name]) for name, found in our_scores.items()}
     by_judge |= asked_judges
     lengths = [len(a) - len(b) for a, b in zip(ours.texts, theirs.texts, strict=True)]
@@ -106,7 +124,7 @@ def report_comparison(
         name: mean_interval([a - b for a, b in zip(our_scores[name], their_scores[name], strict=True)], seed)
         for name in our_scores
     }
-    same = sum(a == b for a, b in zip(ours.texts, theirs.texts, strict=True))
+    same = sum(_say_the_same(ours, theirs))
     rows = [comparison_row(name, comparison) for name, comparison in found.items()]
     table = Table(
         f"{ours.name} against {theirs.name}, on {many(len(asked), 'prompt')}",
