@@ -42,7 +42,7 @@ LAYERS: dict[str, list[str]] = {
     "methods": ["methods"],
     "training": ["preflight", "loop", "checks", "train"],
     "evaluation": ["evaluate"],
-    "behind the page": ["studio"],
+    "behind the page": ["studio", "rounds"],
     "programs": ["commands", "cli", "apps", "__main__"],
 }
 FACADE = ""

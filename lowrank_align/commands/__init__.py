@@ -21,6 +21,7 @@ FILES = {
     "export": "export",
     "chat": "chat",
     "doctor": "doctor",
+    "rounds": "rounds",
     "data import": "data",
     "data export": "data",
     "data stats": "data",

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lowrank_align.config.evaluation import EvalSettings
 from lowrank_align.config.knobs import Coefficient, ModelSettings, Positive, Settings
-from lowrank_align.config.loops import FrontierSettings
+from lowrank_align.config.loops import FrontierSettings, RoundsSettings
 
 
 class RowsSettings(ModelSettings):
@@ -261,5 +261,6 @@ COMMANDS: dict[str, type[Settings]] = {
     "export": ExportSettings,
     "studio": StudioSettings,
     "frontier": FrontierSettings,
+    "rounds": RoundsSettings,
     "doctor": DoctorSettings,
 }
