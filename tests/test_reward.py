@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lowrank_align import adapters
+from lowrank_align.errors import UserError
 from lowrank_align.methods.method import Metrics
 from lowrank_align.trees import Completion, TreeRow
 
@@ -170,6 +172,36 @@ def test_own_answers_are_the_start_adapters(run: Callable[..., Path], monkeypatc
     monkeypatch.setattr(module, "sample", sample)
     run("reward", PAIRS, "run", adapter=str(sft), shift_over="reference", sample_tokens=4, learning_rate=1e-2)
     assert seen == [True]
+
+
+def test_own_answers_stand_behind_the_starts_own_text(
+    run: Callable[..., Path], tiny_base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start is asked as it was trained; its answers are scored without the text, as all others are.
+
+    The context has 256 tokens: room for a prompt of 4 and an answer of 250, not for the text between them.
+    """
+    module: Any = importlib.import_module("lowrank_align.methods.reward")
+    answers: list[Any] = []
+    before = module.sample
+
+    def sample(*arguments: Any, **options: Any) -> Any:
+        answers.extend(before(*arguments, **options))
+        return answers
+
+    monkeypatch.setattr(module, "sample", sample)
+    sft = run("sft", [{"prompt": "p", "completion": "c"}], "sft", max_steps=2, learning_rate=1e-2)
+    adapters.write_prompting(sft, "Quality ")
+    knobs = {"adapter": str(sft), "shift_over": "reference", "learning_rate": 1e-2, "max_steps": 1}
+    folder = run("reward", PAIRS, "run", sample_tokens=4, **knobs)
+    text = tiny_base.tokenizer.encode("Quality ", add_special_tokens=False)
+    prompts = [group[0].prompt_ids for group in answers]
+    assert len(prompts) == 6 and all(prompt[-len(text) :] == text for prompt in prompts)
+    own = [TreeRow(g[0].prompt_ids[: -len(text)], [Completion(g[0].ids, [True] * len(g[0].ids))]) for g in answers]
+    mean = sum(row[0] for row in scores(tiny_base, own)) / 6
+    assert json.loads((folder / "reward.json").read_text())["shift"] == pytest.approx(mean, abs=1e-5)
+    with pytest.raises(UserError, match="no prompt leaves room for 250 new tokens"):
+        run("reward", PAIRS, "none", sample_tokens=250, max_length=64, **knobs)
 
 
 def test_it_loads_with_plain_peft(run: Callable[..., Path], tiny_base: Any, tiny_llama: Path) -> None:

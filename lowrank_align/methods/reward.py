@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_align import adapters
 from lowrank_align.adapters import REWARD
 from lowrank_align.base import Base
 from lowrank_align.checkpoint import write_atomic
@@ -73,6 +74,8 @@ class Reward(Method[RewardSettings, TreeRow]):
     def __init__(self, base: Base, settings: RewardSettings, renderer: Renderer) -> None:
         super().__init__(base, settings, renderer)
         self.shifted_rows = 0
+        # what the start adapter answers behind; a reward model itself never sees it
+        self.start_prefix_ids = renderer.with_prefix(adapters.answer_prefix(settings.adapter)).prefix_ids
 
     def check_start(self, rows: Sequence[TreeRow]) -> None:
         """Where the shift is taken over the start adapter's answers, some prompt must leave room for one."""
@@ -120,23 +123,28 @@ class Reward(Method[RewardSettings, TreeRow]):
         return digest
 
     def _with_room(self, rows: Sequence[TreeRow]) -> list[TreeRow]:
-        room = self.base.context_tokens - self.settings.sample_tokens
+        room = self.base.context_tokens - self.settings.sample_tokens - len(self.start_prefix_ids)
         return [row for row in rows if len(row.prompt_ids) <= room]
 
     def _answers_of_start(self, rows: Sequence[TreeRow]) -> list[TreeRow]:
+        """Behind the start's own text, which does not stand in the rows that come back."""
         start = self.settings.adapter
         self.base.add_role("start", start_from=start, trainable=False)
         prompts = [row.prompt_ids for row in self._with_room(rows)]
+        asked = [[*prompt, *self.start_prefix_ids] for prompt in prompts]
         with self.base.role("start"):
             answers = sample(
                 self.base,
-                prompts,
+                asked,
                 end_ids=self.renderer.end_ids,
                 max_new_tokens=self.settings.sample_tokens,
                 generator=generator_for(self.base.device, self.settings.seed, "shift"),
             )
         self.base.remove_role("start")
-        return [TreeRow(a[0].prompt_ids, [Completion(a[0].ids, [True] * len(a[0].ids))]) for a in answers]
+        return [
+            TreeRow(prompt, [Completion(a.ids, [True] * len(a.ids))])
+            for prompt, (a,) in zip(prompts, answers, strict=True)
+        ]
 
 
 def _best_only(row: TreeRow) -> TreeRow:
