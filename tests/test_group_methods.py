@@ -222,6 +222,27 @@ def test_a_step_of_expert_iteration_by_hand(make_method: Callable[..., Any], sco
     assert "reference" not in method.base.roles or not method.settings.has_reference
 
 
+def test_the_same_answer_has_one_score(make_method: Callable[..., Any], score: Callable[[str], str]) -> None:
+    """A reward model's last digits differ with the place in the batch: 3 and 3 + 1e-5 would be advantages of about .1.
+
+    Here the answers a a b and c c c score 1, 1 + 1e-5, 2 and 3, 3 - 1e-5, 3 + 1e-5: the first group has -1/std/3 twice
+    and 2/std/3 with std = 1/sqrt 3, the second none at all. Another group's same answer keeps its own score.
+    """
+    method, prompts = make_method("grpo", PROMPTS[:2], reward=score("0.0"), beta=0.0, missing_eos_penalty=0.0, **SMALL)
+    method.rewards.total = lambda parts: torch.tensor([1, 1 + 1e-5, 2, 3, 3 - 1e-5, 3 + 1e-5])
+    answers = [[[5, 6], [5, 6], [7]], [[5], [5], [5]]]
+    groups = [
+        [Rollout(row.prompt_ids, ids, True) for ids in of_one] for row, of_one in zip(prompts, answers, strict=True)
+    ]
+    method.roll_out = lambda *arguments: groups
+    items = {
+        len(item.row.completions[0].ids): item.advantages for item in next(iter(method.round(prompts, 1, no_retry)))
+    }
+    torch.testing.assert_close(items[2], torch.tensor([-1.0, -1.0, 2.0]) * math.sqrt(1 / 3), rtol=1e-3, atol=0)
+    assert items[1].tolist() == [0.0, 0.0, 0.0]
+    assert method.round_metrics()["frac_reward_zero_std"] == 0.5
+
+
 # ---- on a base that another run has used
 
 

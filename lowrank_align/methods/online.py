@@ -83,7 +83,10 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
 
     @torch.no_grad()
     def judge(self, rows: Sequence[TreeRow], groups: Sequence[Sequence[Rollout]], retry: Retry) -> Judged:
-        """The scores of all rollouts, group after group."""
+        """The scores of all rollouts, group after group; within one, the same tokens have the first one's score.
+
+        Side by side in a batch they may differ in the last digits, which advantages would take for a difference.
+        """
         s, device = self.settings, self.base.device
         flat = [rollout for group in groups for rollout in group]
         parts: dict[str, Tensor] = retry(
@@ -92,7 +95,7 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
         if self.rewards.functions:
             prompts = [row.prompt_text for row, group in zip(rows, groups, strict=True) for _ in group]
             parts = parts | self.rewards.of_texts(prompts, [self.renderer.decode(r.ids) for r in flat])
-        raw = self.rewards.total(parts)
+        raw = self.rewards.total(parts)[first_alike(groups)]
         finished = torch.tensor([r.finished for r in flat], device=device)
         lengths = torch.tensor([len(r.ids) for r in flat], device=device)
         scores = penalise_unfinished(raw, finished, s.missing_eos_penalty) - s.length_penalty * lengths
@@ -212,3 +215,13 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
 def group_row(group: Sequence[Rollout]) -> TreeRow:
     """A prompt's rollouts as one tree row: the prompt is computed once for all of them."""
     return TreeRow(group[0].prompt_ids, [Completion(r.ids, [True] * len(r.ids)) for r in group])
+
+
+def first_alike(groups: Sequence[Sequence[Rollout]]) -> list[int]:
+    """For every rollout, group after group, the place of the first one of its group with the same tokens."""
+    places: list[int] = []
+    for group in groups:
+        first: dict[tuple[int, ...], int] = {}
+        begin = len(places)
+        places += [first.setdefault(tuple(rollout.ids), begin + i) for i, rollout in enumerate(group)]
+    return places
