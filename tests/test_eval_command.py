@@ -150,6 +150,45 @@ def test_perplexity_is_that_of_logps(measure: Callable[..., Any], command: Comma
     assert ours["perplexity"] != report["perplexity"]["base"]["perplexity"]
 
 
+def test_perplexity_compares_voices_on_the_same_rows(measure: Callable[..., Any], here: Path, trained: Path) -> None:
+    """Within 40 tokens (a letter each, but for merges; a start and an end token) both have the first row whole. The
+    second row's 30 letters fit alone (5 + 30 + 2), not behind 12 more: cut for one voice. The third prompt leaves that
+    voice no room at all. The fourth is too long for each, and cut elsewhere."""
+    import shutil
+
+    shutil.copytree(trained / "sft", here / "conditioned")
+    adapters.write_prompting(here / "conditioned", "good words: ")
+    rows = [("Say: ", "x"), ("Say: ", "x" * 30), ("S" * 30, "x"), ("Say: ", "x" * 60)]
+    Path("texts.jsonl").write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows))
+    flags = ("--perplexity-data", "texts.jsonl", "--max-length", 40)
+    out, report = measure("--adapter", "conditioned", "--against", "trained/sft", *flags)
+    for voice in ("conditioned", "trained/sft"):
+        found = report["perplexity"][voice]
+        assert (found["rows"], found["tokens"], sum(found["left_out"].values())) == (1, 2, 3)
+    assert "2 cut, and not alike behind every voice's prefix" in out
+    _, report = measure("--adapter", "trained/sft", "--against", "base", *flags)  # no prefix: cut alike, so compared
+    assert (report["perplexity"]["base"]["rows"], report["perplexity"]["base"]["rows_cut"]) == (4, 1)
+
+
+def test_kl_to_a_start_that_was_trained_anew(command: Command, tiny_llama: Path, here: Path, trained: Path) -> None:
+    """The record of `later` says that it began with other weights than lie in trained/sft now."""
+    import shutil
+
+    shutil.copytree(trained / "sft", here / "later")
+    record = json.loads(Path("later/provenance.json").read_text())
+    parent = {"run": "trained/sft", "adapter_hash": "0" * 64}
+    Path("later/provenance.json").write_text(json.dumps(record | {"parent": parent}))
+    base = ("--model", tiny_llama, "--quantize", "none", "--max-length", 256)
+    outcome = command("eval", *base, "--adapter", "later", "--prompts", "prompts.jsonl", "--kl-to", "start")
+    told = "error: --kl-to start: trained/sft: not what later began with (trained anew?); name a run\n"
+    assert (outcome.code, outcome.err) == (2, told)
+    parent["adapter_hash"] = adapters.weights_sha256("trained/sft")
+    Path("later/provenance.json").write_text(json.dumps(record | {"parent": parent}))
+    outcome = command("eval", *base, "--adapter", "later", "--prompts", "prompts.jsonl", "--kl-to", "start",
+                      "--max-new-tokens", 2)  # fmt: skip
+    assert (outcome.code, outcome.err) == (0, "")
+
+
 def test_people_and_judges_from_a_store(measure: Callable[..., Any], command: Command) -> None:
     """ben turns pair 0 round, so they agree on 4 of 5; chosen are longer, so the judge of length is with ann always,
     with ben on 4 of 5: 9 of 10."""

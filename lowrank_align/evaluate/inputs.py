@@ -113,7 +113,12 @@ def _kl_start(settings: EvalSettings) -> str | None:
     if known is None:
         raise UserError(f"--kl-to start: {settings.adapter} does not say what it began with; name a run, or base")
     parent = known.get("parent")
-    return str(parent["run"]) if parent else None
+    if not parent:
+        return None
+    run = str(parent["run"])
+    if adapters.weights_sha256(run) != parent.get("adapter_hash"):
+        raise UserError(f"--kl-to start: {run}: not what {settings.adapter} began with (trained anew?); name a run")
+    return run
 
 
 def _renderer(settings: EvalSettings) -> Renderer:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lowrank_align.base import Base
-from lowrank_align.data.chat import Renderer
+from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row
 from lowrank_align.errors import UserError
 from lowrank_align.evaluate.answers import answer_text, conversation_text, prompt_text, summed_logps
@@ -125,25 +125,43 @@ def report_perplexity(
     rows: Sequence[Row],
     size: int,
 ) -> None:
-    """exp of the mean nats a token over all trained tokens of `rows`; `voices`: name, role, renderer of each."""
+    """exp of the mean nats a token over all trained tokens of `rows`; `voices`: name, role, renderer of each.
+
+    Only rows of which every voice reads the same: a longer prefix drops or cuts rows that another voice has whole.
+    """
+    by_voice = [[renderer.tree_row(row) for row in rows] for _, _, renderer in voices]
+    left_out = Counter(reason for row in zip(*by_voice, strict=True) if (reason := _not_comparable(row)))
+    kept = [[r for r in row if r.tree is not None] for row in zip(*by_voice, strict=True) if not _not_comparable(row)]
+    if not kept:
+        raise UserError(f"--perplexity-data: no row is left: {listed(left_out)}")
+    cut = sum(row[0].truncated_tokens > 0 for row in kept)
     figures: dict[str, Any] = {}
-    lines, left_out = [], Counter[str]()
-    for name, role, renderer in voices:
-        rendered = [renderer.tree_row(row) for row in rows]
-        left_out = Counter(str(r.dropped) for r in rendered if r.tree is None)
-        trees = [r.tree for r in rendered if r.tree is not None]
-        if not trees:
-            raise UserError(f"--perplexity-data: no row is left: {listed(left_out)}")
-        cut = sum(r.truncated_tokens > 0 for r in rendered)
-        left_out |= Counter({"rows cut at max_length": cut} if cut else {})
-        logps, tokens = summed_logps(base, role, trees, size)
+    lines = []
+    for (name, role, _), rendered in zip(voices, zip(*kept, strict=True), strict=True):
+        logps, tokens = summed_logps(base, role, [r.tree for r in rendered if r.tree is not None], size)
         nats = -sum(logps) / sum(tokens)
         perplexity = math.exp(nats) if nats < 700 else math.inf
-        figures[name] = {"perplexity": perplexity, "nats_per_token": nats, "tokens": sum(tokens), "rows": len(trees)}
+        figures[name] = {"perplexity": perplexity, "nats_per_token": nats, "tokens": sum(tokens), "rows": len(kept),
+                         "left_out": dict(left_out), "rows_cut": cut}  # fmt: skip
         lines.append((name, figure(perplexity, 2), figure(nats), str(sum(tokens))))
-    notes = [f"left out or cut: {listed(left_out)}"] * bool(left_out)
-    table = Table("Perplexity", ("", "perplexity", "nats a token", "tokens"), lines, tuple(notes))
-    report.add("perplexity", figures, table)
+    notes = [f"left out: {listed(left_out)}"] * bool(left_out)
+    notes += [f"{many(cut, 'row')} cut at max_length"] * bool(cut)
+    report.add("perplexity", figures, Table("Perplexity", ("", "perplexity", "nats a token", "tokens"), lines,
+                                            tuple(notes)))  # fmt: skip
+
+
+def _not_comparable(row: Sequence[Rendered]) -> str | None:
+    """Why a row, as each voice reads it, says nothing of which voice is better; None where it does."""
+    if dropped := next((r.dropped for r in row if r.tree is None), None):
+        return dropped
+    if not any(r.truncated_tokens for r in row):
+        return None
+    trained = [
+        [i for c in r.tree.completions for i, counts in zip(c.ids, c.mask, strict=True) if counts]
+        for r in row
+        if r.tree is not None
+    ]
+    return None if all(ids == trained[0] for ids in trained) else "cut, and not alike behind every voice's prefix"
 
 
 # ---- people
