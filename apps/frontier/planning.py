@@ -1,7 +1,9 @@
 """From settings to tasks: what is trained for the learning rates, and what for the figure."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from lowrank_align.config import FrontierSettings
 from lowrank_align.data.sources import open_source
 from lowrank_align.loading import model_folder
 from lowrank_align.presets import read_preset
-from lowrank_align.provenance import weights_hash
+from lowrank_align.provenance import file_sha256, weights_hash
 from lowrank_align.rewards import load_function
 
 EXACT = "lowrank_align.tiny:exact_score"
@@ -59,10 +61,13 @@ class Plan:
         small = {"budget_tokens": QUICK_BUDGET, "pairs": QUICK_PAIRS, "held_out": QUICK_HELD_OUT}
         sizes = own | {name: size for name, size in small.items() if quick and name not in s.model_fields_set}
         files = {name: path for name in ("prompts", "demonstrations") if (path := getattr(s, name))}
+        read = {name: open_source(path).sha256 for name, path in files.items()}
+        read |= {"score": _code_sha256(s.score or EXACT)}
+        read |= {"preset": file_sha256(read_preset(s.preset or "tiny").file)} if s.preset or s.model == "tiny" else {}
         ground = Ground(
             model=s.model, weights=weights_hash(model_folder(s.model)), quantize=s.quantize, device=s.device,
             preset=s.preset, score=s.score or EXACT, prompts=s.prompts, demonstrations=s.demonstrations,
-            data_sha256={name: open_source(path).sha256 for name, path in files.items()},
+            files_sha256=read,
             max_new_tokens=s.max_new_tokens, temperatures=TEMPERATURES, looks=LOOKS, **sizes,
         )  # fmt: skip
         seeds = tuple(range(s.seed, s.seed + (1 if quick and "seeds" not in s.model_fields_set else s.seeds)))
@@ -152,3 +157,9 @@ def chosen_rates(results: Mapping[tuple[str, float], Mapping[str, Any]]) -> dict
 def same(tasks: Sequence[Task], ground: Ground) -> list[Task]:
     """Each task once."""
     return list({task.key(ground): task for task in tasks}.values())
+
+
+def _code_sha256(score: str) -> str:
+    """Of the file in which a score function stands; it was imported already."""
+    place = inspect.getsourcefile(import_module(score.partition(":")[0]))
+    return file_sha256(Path(place)) if place else ""

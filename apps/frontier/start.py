@@ -20,7 +20,7 @@ from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import Row, Shape, parse_row
 from lowrank_align.data.load import load_rows
 from lowrank_align.errors import UserError
-from lowrank_align.pairs import draw_pairs, prompt_text
+from lowrank_align.pairs import draw_pairs
 from lowrank_align.presets import read_preset
 from lowrank_align.progress import Progress
 from lowrank_align.rewards import RewardFunction, load_function
@@ -131,7 +131,7 @@ class Start:
 def make_start(world: World, folder: Path) -> dict[str, Any]:
     """SFT, pairs and reward model into `folder`; what is finished there already stays."""
     found = world.prompts()
-    rows = _demonstrations(world, found)
+    rows, about_held_out = _demonstrations(world, found)
     write_rows(folder / "demonstrations.jsonl", rows)
     sft = world.settings("sft", {"data": str(folder / "demonstrations.jsonl")}, folder / "sft")
     world.train(sft)
@@ -151,6 +151,7 @@ def make_start(world: World, folder: Path) -> dict[str, Any]:
     spent = spent_on_reward(reward, len(drawn.labels.rows), drawn.mean_tokens)
     return {
         "answer_tokens": drawn.mean_tokens,
+        "demonstrations": {"rows": len(rows), "about_held_out_prompts": about_held_out},
         "pairs": Spent(drawn.tokens, 0).as_json(),
         "reward": spent.as_json(),
         "labels": {
@@ -162,20 +163,31 @@ def make_start(world: World, folder: Path) -> dict[str, Any]:
     }
 
 
-def _demonstrations(world: World, found: Prompts) -> list[dict[str, Any]]:
-    """What SFT learns from, without anything about a held-out prompt."""
-    held_out = {prompt_text(row) for row in (*found.validation, *found.test)}
+def _demonstrations(world: World, found: Prompts) -> tuple[list[dict[str, Any]], int]:
+    """What SFT learns from, without anything about a held-out prompt, and how many rows that left out."""
+    held_out = {_asked(row) for row in (*found.validation, *found.test)}
     if world.ground.demonstrations is None:
-        rows: list[dict[str, Any]] = list(demonstrations(DEMONSTRATIONS, seed=world.seed))
-    else:
-        loaded = load_rows(world.ground.demonstrations, expect={Shape.demonstration}).rows
         rows = [
-            {"prompt": row.prompt, "completion": row.completions[0]}
-            if row.prompt
-            else {"text" if isinstance(row.completions[0], str) else "messages": row.completions[0]}
-            for row in loaded
+            parse_row(row, "demonstrations", i) for i, row in enumerate(demonstrations(DEMONSTRATIONS, seed=world.seed))
         ]
-    return [row for row in rows if row.get("prompt") not in held_out or not isinstance(row.get("prompt"), str)]
+    else:
+        rows = load_rows(world.ground.demonstrations, expect={Shape.demonstration}).rows
+    kept = [row for row in rows if _asked(row) not in held_out]
+    return [_as_line(row) for row in kept], len(rows) - len(kept)
+
+
+def _asked(row: Row) -> str:
+    """The prompt as one text; of a conversation without a prompt, all but its last turn."""
+    said = row.prompt or (
+        row.completions[0][:-1] if row.completions and not isinstance(row.completions[0], str) else ""
+    )
+    return json.dumps(said)
+
+
+def _as_line(row: Row) -> dict[str, Any]:
+    if row.prompt:
+        return {"prompt": row.prompt, "completion": row.completions[0]}
+    return {"text" if isinstance(row.completions[0], str) else "messages": row.completions[0]}
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:

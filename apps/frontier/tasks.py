@@ -16,12 +16,13 @@ Kind = Literal["start", "policy", "reward", "best_of"]
 DONE, START = "done.json", "start"
 TRAININGS = "trainings"
 LIBRARIES = ("torch", "transformers", "peft")
-# whose source decides what comes out; a method's own file is added
-SOURCES = (
-    "objectives", "tiny", "annotators.py", "base.py", "loop.py", "rewards.py", "rollout.py", "roles.py", "scoring.py",
-    "tensors.py", "trees.py", "data/chat.py", "methods/method.py", "methods/online.py", "apps/frontier/budget.py",
-    "apps/frontier/measuring.py", "apps/frontier/start.py", "apps/frontier/worker.py",
+# Every source of the package decides what comes out, but for these; of the methods, the task's own and what they share.
+DECIDES_NOTHING = (
+    "apps", "commands", "doctor", "export", "methods", "plan", "ratings", "rounds", "store", "studio", "cli.py",
+    "conversation.py", "listing.py", "locks.py", "plots.py", "progress.py", "stopping.py", "__main__.py",
 )  # fmt: skip
+SHARED_METHODS = ("methods/method.py", "methods/online.py", "methods/grouped.py")
+OF_THE_FIGURE = tuple(f"apps/frontier/{name}.py" for name in ("budget", "measuring", "start", "worker"))
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Ground:
     score: str
     prompts: str | None
     demonstrations: str | None
-    data_sha256: dict[str, str]
+    files_sha256: dict[str, str]  # rows, the score's code, the preset
     budget_tokens: int
     pairs: int
     held_out: int
@@ -63,7 +64,7 @@ class Task:
             "task": {"kind": self.kind, "seed": self.seed, "spec": self.spec, "start": self.start_key},
             "ground": asdict(ground),
             "libraries": {name: version(name) for name in LIBRARIES},
-            "sources": [source_sha256(name) for name in (*SOURCES, *own)],
+            "sources": [source_sha256(name) for name in (*sources(), *SHARED_METHODS, *OF_THE_FIGURE, *own)],
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -97,10 +98,19 @@ def write_done(folder: Path, result: Mapping[str, Any]) -> None:
 
 
 @cache
+def sources() -> tuple[str, ...]:
+    """The files and folders of the package that decide what a training gives, whatever its method."""
+    found = (entry.name for entry in files("lowrank_align").iterdir() if entry.is_dir() or entry.name.endswith(".py"))
+    return tuple(sorted(name for name in found if name not in (*DECIDES_NOTHING, "__pycache__", "presets")))
+
+
+@cache
 def source_sha256(name: str) -> str:
     """Of a source file of the package, or of all in a folder of it; of one that is not there, the empty text's."""
     place = files("lowrank_align") if not name.startswith("apps/") else files("lowrank_align.apps")
     path = place.joinpath(name.removeprefix("apps/"))
-    found = sorted(path.iterdir(), key=lambda entry: entry.name) if path.is_dir() else [path]
-    text = "".join(f.read_text("utf-8") for f in found if f.is_file() and f.name.endswith(".py"))
+    found = [path] if path.is_file() else []
+    if path.is_dir():
+        found = [entry for entry in sorted(path.rglob("*.py"))]  # type: ignore[attr-defined]
+    text = "".join(f.read_text("utf-8") for f in found)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,9 +1,11 @@
 """The figure in small: two methods on the embedded base, everything cached, a stop that loses nothing."""
 
+import hashlib
 import json
 import math
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,6 +164,35 @@ def test_what_decides_a_training_is_in_its_key() -> None:
     richer = Ground("m", "w", "none", "cpu", None, "a:b", None, None, {}, 101, 8, 8, 4, (1.0,), 2)
     assert again.key(ground) == task.key(ground)
     assert len({task.key(ground), task.key(richer), *keys}) == 5
+
+
+def test_every_source_that_trains_is_in_the_key() -> None:
+    """What decides numbers is hashed unless it is named as deciding none; a hash is of something that is there."""
+    from lowrank_align.apps.frontier.tasks import OF_THE_FIGURE, SHARED_METHODS, source_sha256, sources
+
+    assert {"config", "data", "objectives", "tiny", "train.py", "pairs.py", "adapters.py", "evaluate"} <= set(sources())
+    nothing = hashlib.sha256(b"").hexdigest()
+    assert nothing not in [source_sha256(name) for name in (*sources(), *SHARED_METHODS, *OF_THE_FIGURE)]
+
+
+def test_no_demonstration_is_about_a_held_out_prompt(tmp_path: Path) -> None:
+    """Of three rows the second asks the held-out question, the third is a conversation that does."""
+    from lowrank_align.apps.frontier.start import Prompts, _demonstrations
+
+    from lowrank_align.data.formats import parse_row
+
+    question = [{"role": "user", "content": "Go on."}]
+    rows = [
+        {"prompt": "Say: ", "completion": "a"},
+        {"prompt": question, "completion": [{"role": "assistant", "content": "b"}]},
+        {"messages": [*question, {"role": "assistant", "content": "c"}]},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = Prompts([], [], [parse_row({"prompt": question}, "p", 0)])
+    world = SimpleNamespace(ground=SimpleNamespace(demonstrations=str(file)), seed=0)
+    kept, left_out = _demonstrations(world, held_out)
+    assert (kept, left_out) == ([{"prompt": "Say: ", "completion": "a"}], 2)
 
 
 def test_the_learning_rate_with_the_best_validation_score() -> None:
