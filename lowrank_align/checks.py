@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
+from pydantic import ValidationError
 
 from lowrank_align import adapters
 from lowrank_align.config import OnlineSettings, TrainSettings, is_function, read_yaml
@@ -100,7 +101,7 @@ def check_resumable(settings: TrainSettings, out: Path, data_hash: str, pretrain
         if (out / "checkpoints").is_dir():
             raise UserError(f"--resume: {out} has checkpoints but no config.yaml to go on with; choose another --out")
         return
-    before = read_yaml(out / "config.yaml")
+    before = _as_read_today(read_yaml(out / "config.yaml"), settings)
     now = settings.model_dump()
     for name in sorted(before.keys() - RESUMABLE_CHANGES):
         if name in now and now[name] != before[name]:
@@ -118,13 +119,22 @@ def check_resumable(settings: TrainSettings, out: Path, data_hash: str, pretrain
         begun = (record.get("parent") or {}).get("adapter_hash")
         sources.append((settings.adapter, begun, adapters.weights_sha256(settings.adapter)))
     if isinstance(settings, OnlineSettings):
-        sources += [
-            (run, (record.get("reward_hashes") or {}).get(run), adapters.weights_sha256(run))
-            for run in settings.reward_runs
-        ]
+        hashes = record.get("reward_hashes") or {}
+        only = record.get("reward_hash")  # of runs that began when there was one reward
+        sources += [(run, hashes.get(run, only), adapters.weights_sha256(run)) for run in settings.reward_runs]
     for source, before_hash, hash_now in sources:
         if before_hash not in (None, hash_now):
             raise UserError(f"--resume: {source} has changed since {out} began; put it back, or use a new --out")
+
+
+def _as_read_today(before: dict[str, Any], settings: TrainSettings) -> dict[str, Any]:
+    """A run's configuration in today's shape: `loss` and `reward` were one name before they were lists."""
+    kind = type(settings)
+    try:
+        today = kind(**{name: value for name, value in before.items() if name in kind.model_fields}).model_dump()
+    except ValidationError:
+        return before
+    return {name: today.get(name, value) for name, value in before.items()}
 
 
 def _record(out: Path) -> dict[str, Any]:

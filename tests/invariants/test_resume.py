@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from lowrank_align.errors import EXIT_DATA_OR_CONFIG, EXIT_RESUMABLE, Stopped, UserError
 from lowrank_align.progress import Progress
@@ -212,6 +213,32 @@ def test_another_base_is_not_resumed(run: Run, tmp_path: Path, tiny_base: Any) -
     record.write_text(record.read_text().replace(tiny_base.weights_hash, "0" * 64))
     with pytest.raises(UserError, match="tiny_llama has changed since .*run began"):
         run("dpo", PAIRS, "run", resume=True, **STEPS)
+
+
+@pytest.mark.parametrize("method", ["dpo", "ppo"])
+def test_a_run_of_before_there_were_several_losses_and_rewards(method: str, run: Run, tmp_path: Path) -> None:
+    """Its config has one name for `loss` or `reward`, its record one `reward_hash`: it goes on, and is still checked."""
+    knobs = {**STEPS, **KNOBS[method], "max_steps": 3, "sample_steps": 0}
+    if method == "ppo":
+        knobs |= {"reward": str(run("reward", PAIRS, "judge", max_steps=1))}
+    stop_at(2, run, method, "run", **knobs)
+    config, record = tmp_path / "run" / "config.yaml", tmp_path / "run" / "provenance.json"
+    values, notes = yaml.safe_load(config.read_text()), json.loads(record.read_text())
+    key = "loss" if method == "dpo" else "reward"
+    (values[key],) = values[key]
+    if method == "ppo":
+        (notes["reward_hash"],) = notes.pop("reward_hashes").values()
+        record.write_text(json.dumps({**notes, "reward_hash": "0" * 64}))
+    config.write_text(yaml.safe_dump({**values, "of_old": 1}))
+    if method == "ppo":
+        with pytest.raises(UserError, match="judge has changed since .*run began"):
+            run(method, ROWS[method], "run", resume=True, **knobs)
+        record.write_text(json.dumps(notes))
+    with pytest.raises(UserError, match=r"is 0.2 here but 0.1 in" if method == "dpo" else "ppo_epochs is 1 here but 2"):
+        other = {"beta": 0.2} if method == "dpo" else {"ppo_epochs": 1}
+        run(method, ROWS[method], "run", resume=True, **{**knobs, **other})
+    run(method, ROWS[method], "run", resume=True, **knobs)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "finished"
 
 
 def test_longer_than_at_first(run: Run) -> None:
