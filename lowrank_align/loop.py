@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ class Loop:
         self.best: tuple[float, int, dict[str, Tensor]] | None = None  # what is watched, its step, the adapter then
         self.best_evaluation: dict[str, float] = {}
         self.evaluations_since_best = 0
+        self.look_due = False  # whether the newest step still waits for its evaluation
         half = self.base.compute_dtype == torch.float16 and self.base.device.type == "cuda"
         self.accelerator = Accelerator(
             cpu=self.base.device.type == "cpu",
@@ -103,31 +105,23 @@ class Loop:
         self.base.model.train()
         self._preflight()
         self.progress.start(s.method, self.total_steps, start)
-        if start == self.total_steps:  # killed between its last checkpoint and its end
-            logged = read_metrics(self.run_folder.path / METRICS)
-            figures = {name: value for name, value in (logged[-1] if logged else {}).items() if name != "step"}
-        for step in range(start + 1, self.total_steps + 1):
+        if self.look_due or start == self.total_steps:  # the latter: killed between its last checkpoint and its end
+            figures = _logged(self.run_folder.path / METRICS)
+        if self.look_due:
+            latest_evaluation = self._look(start, figures)
+        steps = range(start + 1, self.total_steps + 1)
+        for step in steps if not self._stops_early(start) else ():
             self.steps_done = step
             last = step == self.total_steps
             try:
                 figures = self._step(step)
             except UserError as error:
                 raise self._as_saved(error, 0 if self.moved else step - 1) from error
-            try:
-                evaluated = self._evaluate(step) if self.eval_rows and (last or step % s.eval_steps == 0) else {}
-            except UserError as error:
-                self._log(step, figures)
-                raise self._as_saved(error, step) from error
-            latest_evaluation |= evaluated
-            if step % s.log_steps == 0 or last or evaluated:
-                self._log(step, figures | evaluated)
-            if s.sample_steps and (last or step % s.sample_steps == 0):
-                self._show_samples(step)
-            stopping_early = s.early_stopping > 0 and self.evaluations_since_best >= s.early_stopping
+            latest_evaluation |= self._look(step, figures)
+            stopping_early = self._stops_early(step)
             if last or stopping_early or self.stop.asked or step % s.save_steps == 0:
                 self._save(step)
             if stopping_early:
-                self.progress.note(f"stopped early at step {step}: no better evaluation {s.early_stopping} times")
                 break
             if self.stop.asked and not last:
                 raise Stopped(f"{self.run_folder.path}: stopped at step {step} of {self.total_steps} and saved; "
@@ -262,6 +256,36 @@ class Loop:
 
     # ---- what is looked at on the way
 
+    def _look(self, step: int, figures: dict[str, float]) -> dict[str, float]:
+        """Evaluation, log line and samples of a step that is done, where they are due; what was evaluated.
+
+        What a reward's failure keeps from being evaluated is looked at first when the run is resumed.
+        """
+        s, last, again = self.settings, step == self.total_steps, self.look_due
+        try:
+            evaluated = self._evaluate(step) if self.eval_rows and (last or step % s.eval_steps == 0) else {}
+        except UserError as error:
+            if not again:
+                self._log(step, figures)
+            self.look_due = True
+            raise self._as_saved(error, step) from error
+        if again:
+            self.run_folder.truncate_metrics(step - 1)  # the line without the evaluation
+            self.look_due = False
+        if step % s.log_steps == 0 or last or evaluated or again:
+            self._log(step, figures | evaluated)
+        if s.sample_steps and (last or step % s.sample_steps == 0):
+            self._show_samples(step)
+        return evaluated
+
+    def _stops_early(self, step: int) -> bool:
+        """Whether held-out rows have got no better often enough; of a resumed run, before it was stopped too."""
+        patience = self.settings.early_stopping
+        if not 0 < patience <= self.evaluations_since_best:
+            return False
+        self.progress.note(f"stopped early at step {step}: no better evaluation {patience} times")
+        return True
+
     @torch.no_grad()
     def _evaluate(self, step: int) -> dict[str, float]:
         self.method.backward = lambda loss: None
@@ -309,6 +333,7 @@ class Loop:
             "skipped": [self.skipped, self.skipped_in_a_row],
             "best": None if self.best is None else [self.best[0], self.best[1], self.evaluations_since_best],
             "best_evaluation": self.best_evaluation,
+            "look_due": self.look_due,
             "method": self.method.state(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
@@ -349,6 +374,7 @@ class Loop:
             value, step, self.evaluations_since_best = values["best"]
             self.best = (value, step, {k: t.to(self.base.device) for k, t in kept.items()})
             self.best_evaluation = values["best_evaluation"]
+        self.look_due = values.get("look_due", False)
         self.method.load_state(values["method"])
         self.steps_done = int(values["step"])
         self.run_folder.truncate_metrics(values["step"])
@@ -360,6 +386,12 @@ class Loop:
         for key, parameter in self._parameters().items():
             parameter.data.copy_(self.best[2][key])
         self.progress.note(f"kept the adapter of step {self.best[1]}, the best on the held-out rows")
+
+
+def _logged(metrics: Path) -> dict[str, float]:
+    """The figures of the last line that was logged; what was no number is NaN again."""
+    lines = read_metrics(metrics)
+    return {k: math.nan if v is None else v for k, v in (lines[-1] if lines else {}).items() if k != "step"}
 
 
 def _optimizer(method: Method[Any, Any]) -> torch.optim.Optimizer:

@@ -469,6 +469,23 @@ def test_early_stopping_over_a_resume(run: Run, eval_losses: list[float], tmp_pa
     assert same(adapter_of(folder), first)
 
 
+def test_killed_after_it_stopped_early(run: Run, eval_losses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """3, 2, 2.5, 2: the last look was at step 4, and the run dies before its adapter is saved: no step 5 is trained."""
+    eval_losses += [3.0, 2.0, 2.5, 2.0, 1.0]
+    save = SFT.save
+    monkeypatch.setattr(SFT, "save", lambda self, run: fail())
+    with pytest.raises(ConnectionAbortedError):
+        run("sft", ROWS, "run", **EARLY, **FAST)
+    monkeypatch.setattr(SFT, "save", save)
+    folder = run("sft", ROWS, "run", resume=True, **EARLY, **FAST)
+    assert len(metrics_of(folder)) == 4
+    assert same(adapter_of(folder), saved_at(folder, 2))
+
+
+def fail() -> None:
+    raise ConnectionAbortedError
+
+
 def test_early_stopping_begun_at_a_resume(run: Run, eval_losses: list[float]) -> None:
     """The first part kept no best adapter: the second begins its own count."""
     eval_losses += [1.0, 2.0, 5.0, 6.0, 7.0]

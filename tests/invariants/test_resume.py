@@ -217,7 +217,7 @@ def test_another_base_is_not_resumed(run: Run, tmp_path: Path, tiny_base: Any) -
 
 @pytest.mark.parametrize("method", ["dpo", "ppo"])
 def test_a_run_of_before_there_were_several_losses_and_rewards(method: str, run: Run, tmp_path: Path) -> None:
-    """Its config has one name for `loss` or `reward`, its record one `reward_hash`: it goes on, and is still checked."""
+    """Its config has one name for `loss` or `reward`, its record one `reward_hash`: it goes on, still checked."""
     knobs = {**STEPS, **KNOBS[method], "max_steps": 3, "sample_steps": 0}
     if method == "ppo":
         knobs |= {"reward": str(run("reward", PAIRS, "judge", max_steps=1))}

@@ -1,6 +1,7 @@
 """Methods that sample, stopped by a signal or by their own reward function: resumed, they end with the same bytes."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,12 +109,22 @@ def test_a_reward_that_breaks_at_once(run: Run, tmp_path: Path) -> None:
     outcome(run("grpo", PROMPTS, "run", resume=True, **knobs))
 
 
-def test_a_reward_that_breaks_in_an_evaluation(run: Run, tmp_path: Path) -> None:
-    """Call 3 scores the held-out prompts after step 2, whose update is done: that step is logged and saved."""
-    knobs = {**STEPS, "group_size": 2, "eval_rows": 2, "eval_steps": 2}
+@pytest.mark.parametrize("breaks_at", [2, 5])
+def test_a_reward_that_breaks_in_an_evaluation(breaks_at: int, run: Run, tmp_path: Path) -> None:
+    """Calls 3 and 8 score the held-out prompts after steps 2 and 5: the step is saved, what is resumed looks first."""
+    knobs = {**STEPS, "group_size": 2, "eval_rows": 2, "eval_steps": 2, "early_stopping": 5}
+    whole = outcome(run("expert", PROMPTS, "whole", **knobs))
+    summary = json.loads(Path("whole/run.json").read_text())["summary"]
+    (tmp_path / "calls").unlink()
     (tmp_path / "broken").write_text("nan")
-    with pytest.raises(NumericError, match="gave nan for the prompt .*; step 2 of 5 is saved"):
+    if breaks_at == 5:
+        (tmp_path / "online_reward.py").write_text(REWARD.replace("> 2", "> 7"))
+        sys.modules.pop("online_reward")
+    with pytest.raises(NumericError, match=f"gave nan for the prompt .*; step {breaks_at} of 5 is saved"):
         run("expert", PROMPTS, "run", **knobs)
-    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 2
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == breaks_at
+    with pytest.raises(NumericError, match=f"; step {breaks_at} of 5 is saved"):  # not mended yet
+        run("expert", PROMPTS, "run", resume=True, **knobs)
     (tmp_path / "broken").unlink()
-    outcome(run("expert", PROMPTS, "run", resume=True, **knobs))
+    assert outcome(run("expert", PROMPTS, "run", resume=True, **knobs)) == whole
+    assert {**json.loads(Path("run/run.json").read_text())["summary"], "seconds": 0} == {**summary, "seconds": 0}
