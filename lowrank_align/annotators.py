@@ -14,7 +14,7 @@ from typing import Any
 
 from lowrank_align.errors import UserError
 
-Score = Callable[[Sequence[str], Sequence[str]], list[float]]  # (prompts, completions), one each -> a score each
+Score = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # (prompts, completions), one each -> a score each
 
 FLIPPED = 0.25
 STRONG_WORDS = r"\b(?:very|truly|really)\b|!"

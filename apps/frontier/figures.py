@@ -169,7 +169,7 @@ def _errors(points: Sequence[Mapping[str, Any]]) -> list[float] | None:
 
 def _nats(axes: "Axes") -> None:
     """A root's scale: most of what happens does so within a few nats, and some methods go very far."""
-    most = max(float(line.get_xdata()[-1]) if len(line.get_xdata()) else 0.0 for line in axes.get_lines())
+    most = float(axes.dataLim.x1)
     axes.set_xscale("function", functions=(lambda x: x.clip(0) ** 0.5, lambda x: x**2))
     ticks = [t for t in (0, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if t <= max(most, 1) * 1.2]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])

@@ -1,22 +1,21 @@
 """A policy on prompts it has not seen: exact score, learned score, KL to SFT, wins against SFT's answers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from lowrank_align.apps.frontier.start import JUDGE, SFT, World
 
 from lowrank_align import adapters
-from lowrank_align.base import Base
 from lowrank_align.data.formats import Row
+from lowrank_align.evaluate.answers import summed_logps, tree
 from lowrank_align.evaluate.policy import pair_accuracy, reward_scores
 from lowrank_align.evaluate.win_rate import win_rate
 from lowrank_align.pairs import prompt_text
 from lowrank_align.rollout import Rollout, generator_for, sample
-from lowrank_align.trees import Completion, TreeRow
 
 BATCH = 64
 SCORED = 16  # trees at once
@@ -32,7 +31,14 @@ class Answered:
 
 
 def answers(
-    world: World, role: str, rows: Sequence[Row], purpose: str, *, prefix: str = "", temperature: float = 1.0, count=1
+    world: World,
+    role: str,
+    rows: Sequence[Row],
+    purpose: str,
+    *,
+    prefix: str = "",
+    temperature: float = 1.0,
+    count: int = 1,
 ) -> Answered:
     """`count` answers of `role` to each prompt, behind its answer prefix; `purpose` is part of the seed."""
     renderer = world.renderer.with_prefix(prefix) if prefix else world.renderer
@@ -54,7 +60,7 @@ def answers(
         for rollout in group
     ]
     texts = [renderer.decode(rollout.ids) for rollout in flat]
-    scores = world.score([prompt_text(row) for row in rows for _ in range(count)], texts)
+    scores = list(world.score([prompt_text(row) for row in rows for _ in range(count)], texts))
     return Answered(flat, texts, scores)
 
 
@@ -63,9 +69,10 @@ def kl_to_sft(world: World, role: str, rollouts: Sequence[Rollout], prefix_ids: 
 
     The role answers behind its prefix, SFT without it: what is compared is what each would say to the same prompt.
     """
-    theirs = _logps(world.base, SFT, rollouts)
-    ours = _logps(world.base, role, [Rollout([*r.prompt_ids, *prefix_ids], r.ids, r.finished) for r in rollouts])
-    return (ours - theirs).mean().item()
+    theirs, _ = summed_logps(world.base, SFT, [tree(r.prompt_ids, r.ids) for r in rollouts], SCORED)
+    prefixed = [tree([*r.prompt_ids, *prefix_ids], r.ids) for r in rollouts]
+    ours, _ = summed_logps(world.base, role, prefixed, SCORED)
+    return fmean(a - b for a, b in zip(ours, theirs, strict=True))
 
 
 def figures(world: World, role: str, rows: Sequence[Row], against: Sequence[float], prefix: str = "") -> dict[str, Any]:
@@ -126,7 +133,7 @@ def best_of(world: World, rows: Sequence[Row], against: Sequence[float], counts:
 
 def best_of_kl(n: int) -> float:
     """log n - (n - 1)/n, nats."""
-    return torch.tensor(float(n)).log().item() - (n - 1) / n
+    return math.log(n) - (n - 1) / n
 
 
 def reward_accuracy(world: World, role: str, rows: Sequence[Row]) -> float:
@@ -139,14 +146,3 @@ def reward_accuracy(world: World, role: str, rows: Sequence[Row]) -> float:
 def answer_prefix(run: Path) -> str:
     """The text that the run's policy answers behind."""
     return adapters.answer_prefix(run)
-
-
-@torch.no_grad()
-def _logps(base: Base, role: str, rollouts: Sequence[Rollout]) -> torch.Tensor:
-    """(N,) log-probabilities of the answers under a role."""
-    trees = [TreeRow(r.prompt_ids, [Completion(r.ids, [True] * len(r.ids))]) for r in rollouts]
-    found = []
-    with base.role(role):
-        for start in range(0, len(trees), SCORED):
-            found.append(base.token_scores(base.collate(trees[start : start + SCORED])).logps)
-    return torch.cat(found).double()

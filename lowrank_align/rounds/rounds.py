@@ -18,7 +18,7 @@ from lowrank_align.evaluate.answers import Asked, Side, draw, prompt_text
 from lowrank_align.evaluate.comparing import kl
 from lowrank_align.evaluate.win_rate import win_rate
 from lowrank_align.methods import method_class
-from lowrank_align.rewards import load_function
+from lowrank_align.rewards import Rewards, load_function
 from lowrank_align.roles import BARE
 from lowrank_align.rounds.collecting import (
     as_unpaired,
@@ -156,9 +156,7 @@ class Rounds:
     def _worth(self, folder: Path, side: Side) -> list[float]:
         """What the judge says of answers."""
         if self.exact is not None:
-            return self.exact([one.text for one in self.held_out], side.texts)
-        from lowrank_align.rewards import Rewards
-
+            return list(self.exact([one.text for one in self.held_out], side.texts))
         rewards = Rewards(self.base, [str(folder / REWARD)])
         rewards.add_roles()
         scores: list[float] = rewards.of_trees(side.trees, BATCH)[str(folder / REWARD)].tolist()
