@@ -23,7 +23,7 @@ from lowrank_align.trees import TreeRow
 __all__ = ["WINDOW", "HackingWatch", "RewardFunction", "Rewards", "is_function", "load_function", "seen_prompt"]
 
 WINDOW = 12  # steps over which a climb is looked for
-CLIMB = 0.5  # Kendall's tau with time from which a figure climbs: by chance in 12 steps 1 in 90 times
+CLIMB = 0.5  # Kendall's tau with time from which a figure climbs: by chance in 12 steps 1 in 95 times
 LONGER = 1.05  # and answers must have grown by a twentieth from the window's first half to its second
 
 RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
