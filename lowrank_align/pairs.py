@@ -8,6 +8,7 @@ from lowrank_align.annotators import Annotator, Labels, Score, label_pairs
 from lowrank_align.base import Base
 from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import Row
+from lowrank_align.rewards import seen_answer
 from lowrank_align.rollout import generator_for, sample
 
 BATCH = 64
@@ -67,7 +68,11 @@ def draw_pairs(
             batch_size=BATCH,
         )
     texts = [prompt_text(row) for row in rows]
-    sides = [[renderer.decode(group[side].ids) for group in groups] for side in (0, 1)]
+    chats = [not isinstance(row.prompt, str) for row in rows]
+    sides = [
+        [seen_answer(renderer, group[side].ids, chat=chat) for group, chat in zip(groups, chats, strict=True)]
+        for side in (0, 1)
+    ]
     labels = label_pairs(pool, score, texts, *sides, seed=seed)
     for place, line in zip(labels.places, labels.rows, strict=True):  # by place: two conversations may end alike
         prompt = rows[place].prompt

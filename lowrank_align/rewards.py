@@ -16,11 +16,21 @@ from torch import Tensor
 
 from lowrank_align.base import Base
 from lowrank_align.config import is_function
+from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import Row
 from lowrank_align.errors import NumericError, UserError, nearest
 from lowrank_align.trees import TreeRow
 
-__all__ = ["WINDOW", "HackingWatch", "RewardFunction", "Rewards", "is_function", "load_function", "seen_prompt"]
+__all__ = [
+    "WINDOW",
+    "HackingWatch",
+    "RewardFunction",
+    "Rewards",
+    "is_function",
+    "load_function",
+    "seen_answer",
+    "seen_prompt",
+]
 
 WINDOW = 12  # steps over which a climb is looked for
 CLIMB = 0.5  # Kendall's tau with time from which a figure climbs: by chance in 12 steps 1 in 95 times
@@ -83,6 +93,15 @@ def _called(function: RewardFunction, prompts: Sequence[str], completions: Seque
 def seen_prompt(row: Row) -> str:
     """What a reward function sees: the prompt as the row has it; of a conversation, what was said last."""
     return row.prompt if isinstance(row.prompt, str) else str(row.prompt[-1]["content"])
+
+
+def seen_answer(renderer: Renderer, ids: Sequence[int], *, chat: bool) -> str:
+    """What a reward function sees of a sampled answer, in training and in every measurement: what was said.
+
+    In a conversation without the space or newline around it: what the template puts before an answer, the model writes.
+    """
+    text = renderer.decode(ids)
+    return text.strip() if chat else text
 
 
 class Rewards:

@@ -46,6 +46,7 @@ class TreeRow:
     comparisons: tuple[Comparison, ...] = ()
     index: int = 0
     prompt_text: str = ""  # for reward functions and samples
+    chat: bool = False  # whether the prompt is a conversation, where that is asked for
     prompt_hidden: Sequence[bool] = ()  # tokens of the prompt that no later one sees, where any are
     label: bool | None = None  # of an unpaired row: whether its completion is good
 

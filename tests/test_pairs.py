@@ -43,9 +43,10 @@ def drawn(tiny_base: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., pair
 
 
 def test_answers_stand_under_their_own_prompt(drawn: Callable[..., pairs.Drawn]) -> None:
-    """Both conversations end with "Go on."; the identical pair between them gives no row."""
+    """Both conversations end with "Go on."; the identical pair between them gives no row. What a template
+    puts around an answer is no part of it."""
     rows = [parse_row({"prompt": asked_of(animal)}, "f:1", i) for i, animal in enumerate(["cat", "hen", "dog"])]
-    found = drawn(rows, [("cats", "cats purr"), ("hens", "hens"), ("dogs bark", "dogs")])
+    found = drawn(rows, [("cats", "cats purr"), ("hens", "hens"), ("\n dogs bark ", "dogs")])
     assert found.labels.rows == [
         {
             "prompt": asked_of(animal),

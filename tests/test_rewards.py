@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from lowrank_align.data.formats import parse_row
 from lowrank_align.errors import NumericError, UserError
 from lowrank_align.rewards import HackingWatch, is_function, load_function
+from lowrank_align.rollout import Rollout
 
 MODULES = itertools.count()
 
@@ -57,6 +59,35 @@ def test_found_in_a_package(module: Callable[[str], str], tmp_path: Path) -> Non
     package.mkdir()
     (tmp_path / f"{name}.py").rename(package / "inner.py")
     assert load_function(f"{package.name}.inner:score")(["p"], ["c"]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "seen"), [("Say: ", " so\n"), ([{"role": "user", "content": "Say"}], "so")], ids=["text", "chat"]
+)
+def test_training_and_measuring_show_it_the_same(
+    prompt: Any,
+    seen: str,
+    module: Callable[[str], str],
+    make_method: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An answer of a space, "so" and a newline to a text is just that; in a conversation it is "so". GRPO shows it
+    twice, best-of-n and eval once each."""
+    from lowrank_align.commands import best_of
+    from lowrank_align.evaluate import answers
+
+    name = module(
+        "seen = []\ndef score(prompts, completions):\n    seen.extend(completions); return [0.0] * len(prompts)"
+    )
+    method, items = make_method("grpo", [{"prompt": prompt}], reward=[f"{name}:score"], group_size=2, max_new_tokens=8)
+    row, renderer = parse_row({"prompt": prompt}, "f:1", 0), method.renderer
+    said = Rollout(items[0].prompt_ids, method.base.tokenizer(" so\n", add_special_tokens=False)["input_ids"], True)
+    method.judge(items, [[said, said]], lambda call, knob: call(1))
+    best_of.scores_of(method.rewards, renderer, [row], [[said]], 1)
+    monkeypatch.setattr(answers, "sample", lambda *_, **__: [[said]])
+    asked = [answers.Asked(row, said.prompt_ids, "Say")]
+    side = answers.draw(method.base, "policy", "p", renderer, asked, max_new_tokens=8)
+    assert [*sys.modules[name].seen, *side.texts] == [seen] * 4
 
 
 def test_it_may_return_numbers_of_any_kind(module: Callable[[str], str]) -> None:

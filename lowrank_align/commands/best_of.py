@@ -5,7 +5,7 @@ from typing import Any
 
 from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import Row
-from lowrank_align.rewards import Rewards
+from lowrank_align.rewards import Rewards, seen_answer
 from lowrank_align.rollout import Rollout
 from lowrank_align.trees import Completion, TreeRow
 
@@ -19,7 +19,10 @@ def scores_of(
         TreeRow(g[0].prompt_ids[: len(g[0].prompt_ids) - prefix], [Completion(r.ids, [True] * len(r.ids)) for r in g])
         for g in groups
     ]
-    texts = [[renderer.decode(rollout.ids) for rollout in group] for group in groups]
+    texts = [
+        [seen_answer(renderer, rollout.ids, chat=not isinstance(row.prompt, str)) for rollout in group]
+        for row, group in zip(rows, groups, strict=True)
+    ]
     found = rewards.scores(rows, trees, texts, max(1, size // len(groups[0])))
     return found.view(len(groups), -1).tolist()  # type: ignore[no-any-return]
 

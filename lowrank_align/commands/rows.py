@@ -32,9 +32,9 @@ from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.loading import check_device, model_folder, read_config, read_tokenizer
 from lowrank_align.preset_check import from_preset, preset_lines
 from lowrank_align.provenance import weights_hash
-from lowrank_align.rewards import Rewards, is_function, load_function
+from lowrank_align.rewards import Rewards, is_function, load_function, seen_answer
 from lowrank_align.roles import BARE
-from lowrank_align.rollout import generator_for, sample
+from lowrank_align.rollout import Rollout, generator_for, sample
 from lowrank_align.runs import check_place
 from lowrank_align.trees import TreeBatch, TreeRow
 
@@ -74,8 +74,7 @@ def generate(settings: GenerateSettings) -> None:
             )
             here = [rows[i] for i in places]
             answers = [
-                [_answer(row, renderer.decode(rollout.ids), rollout.finished) for rollout in group]
-                for row, group in zip(here, groups, strict=True)
+                [_answer(row, renderer, rollout) for rollout in group] for row, group in zip(here, groups, strict=True)
             ]
             if settings.best_of:
                 scores = scores_of(rewards, renderer, here, groups, settings.batch_size)
@@ -252,16 +251,12 @@ def _per_row(names: str, columns: Sequence[list[float]], lines: Sequence[Line]) 
         start = end
 
 
-def _answer(row: Row, text: str, finished: bool) -> dict[str, Any]:
+def _answer(row: Row, renderer: Renderer, rollout: Rollout) -> dict[str, Any]:
     """A demonstration row, in the layout that the prompt had."""
-    if isinstance(row.prompt, str):
-        return {"prompt": row.prompt, "completion": text, "finished": finished}
-    # Of what templates put before an answer, the model has written the space or newline.
-    return {
-        "prompt": row.prompt,
-        "completion": [{"role": "assistant", "content": text.strip()}],
-        "finished": finished,
-    }
+    chat = not isinstance(row.prompt, str)
+    text = seen_answer(renderer, rollout.ids, chat=chat)
+    completion = [{"role": "assistant", "content": text}] if chat else text
+    return {"prompt": row.prompt, "completion": completion, "finished": rollout.finished}
 
 
 def _batches(count: int, size: int) -> Iterator[range]:

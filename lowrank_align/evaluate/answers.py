@@ -9,7 +9,7 @@ from lowrank_align.base import Base
 from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import Row, Shape, Text
 from lowrank_align.errors import UserError
-from lowrank_align.rewards import Rewards
+from lowrank_align.rewards import Rewards, seen_answer
 from lowrank_align.rollout import Rollout, generator_for, sample
 from lowrank_align.trees import Completion, TreeRow
 
@@ -118,8 +118,10 @@ def draw(
             batch_size=batch_size,
         )
     rollouts = [group[0] for group in groups]
-    texts = [renderer.decode(r.ids) for r in rollouts]
-    texts = [text if isinstance(one.row.prompt, str) else text.strip() for text, one in zip(texts, asked, strict=True)]
+    texts = [
+        seen_answer(renderer, r.ids, chat=not isinstance(one.row.prompt, str))
+        for r, one in zip(rollouts, asked, strict=True)
+    ]
     trees = [tree(one.prompt_ids, r.ids) for one, r in zip(asked, rollouts, strict=True)]
     return Side(name, texts, trees, rollouts, renderer.answer_prefix)
 

@@ -14,7 +14,7 @@ from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.methods.method import Item, Method, Metrics, Retry, assert_policy_is_reference
 from lowrank_align.objectives.rollout import penalise_unfinished
-from lowrank_align.rewards import WINDOW, HackingWatch, Rewards, seen_prompt
+from lowrank_align.rewards import WINDOW, HackingWatch, Rewards, seen_answer, seen_prompt
 from lowrank_align.rollout import Rollout, fill_cache, generator_for, sample
 from lowrank_align.trees import Completion, TreeRow, longest_rows
 
@@ -43,7 +43,9 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
         ids = renderer.prompt_ids(row)
         if len(ids) + settings.max_new_tokens > settings.max_length:
             return Rendered(None, f"prompt of {len(ids)} tokens leaves no room for {settings.max_new_tokens} new ones")
-        return Rendered(TreeRow(ids, [], index=row.index, prompt_text=seen_prompt(row)))
+        return Rendered(
+            TreeRow(ids, [], index=row.index, prompt_text=seen_prompt(row), chat=not isinstance(row.prompt, str))
+        )
 
     # ---- roles
 
@@ -94,7 +96,9 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
         )
         if self.rewards.functions:
             prompts = [row.prompt_text for row, group in zip(rows, groups, strict=True) for _ in group]
-            parts = parts | self.rewards.of_texts(prompts, [self.renderer.decode(r.ids) for r in flat])
+            chats = [row.chat for row, group in zip(rows, groups, strict=True) for _ in group]
+            texts = [seen_answer(self.renderer, r.ids, chat=chat) for r, chat in zip(flat, chats, strict=True)]
+            parts = parts | self.rewards.of_texts(prompts, texts)
         raw = self.rewards.total(parts)[first_alike(groups)]
         finished = torch.tensor([r.finished for r in flat], device=device)
         lengths = torch.tensor([len(r.ids) for r in flat], device=device)
