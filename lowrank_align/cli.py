@@ -30,6 +30,16 @@ from lowrank_align.errors import (
 SHORT_FLAGS = {"completions": "-n", "rows": "-n", "group_size": "-G"}
 OTHER_NAMES = {"as_json": "json"}  # pydantic's models have a method of that name
 POSITIONAL = {"presets": "name", "data import": "file", "data export": "kind", "data convert": "file"}
+# what settings that several commands share are called in their help
+GROUPS = {
+    "ModelSettings": "the model",
+    "TrainSettings": "training",
+    "OnlineSettings": "answers and what they are worth",
+    "RowsSettings": "rows",
+    "ReadingSettings": "rows",
+    "DataSettings": "the store",
+}
+PLAIN = 4  # settings that share nothing: themselves, Settings, BaseModel, object
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # the words of torch on GPUs and on CPUs
 
 
@@ -53,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*["error:"] * (not isinstance(error, Stopped)), *str(error).splitlines(), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted" + "; --resume goes on from the last checkpoint" * (command in METHODS), file=sys.stderr)
+        print(
+            "interrupted" + "; --resume goes on from the last checkpoint, if there is one" * (command in METHODS),
+            file=sys.stderr,
+        )
         return EXIT_RESUMABLE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -196,14 +209,30 @@ def _add_command(commands: Any, name: str, settings: type[Settings], whole_name:
     text = (settings.__doc__ or "").strip()
     parser = commands.add_parser(name, help=text.rstrip("."), description=text)
     parser.add_argument("--config", metavar="FILE", help="a YAML file with these settings; flags win")
-    for field, info in settings.model_fields.items():
+    groups: dict[type[Settings], Any] = {}
+    for field, info in sorted(settings.model_fields.items(), key=lambda item: _depth(settings, item[0])):
         if POSITIONAL.get(whole_name or name) == field:
             parser.add_argument(field, nargs=None if info.is_required() else "?", help=info.description)
-        else:
-            _add_flag(parser, field, info)
+            continue
+        owner = _owner(settings, field)
+        if owner not in groups:
+            title = GROUPS.get(owner.__name__, f"of {whole_name or name}")
+            groups[owner] = parser.add_argument_group(title) if len(settings.__mro__) > PLAIN else parser
+        _add_flag(groups[owner], field, info)
 
 
-def _add_flag(parser: argparse.ArgumentParser, name: str, info: FieldInfo) -> None:
+def _owner(settings: type[Settings], field: str) -> type[Settings]:
+    """The class that a setting was last written down in: the command's own, or one that it shares with others."""
+    return next(kind for kind in settings.__mro__ if field in vars(kind).get("__annotations__", {}))
+
+
+def _depth(settings: type[Settings], field: str) -> tuple[int, int]:
+    """A command's own settings come before those that it shares, each class's in the order they are written down."""
+    owner = _owner(settings, field)
+    return settings.__mro__.index(owner), list(vars(owner)["__annotations__"]).index(field)
+
+
+def _add_flag(parser: Any, name: str, info: FieldInfo) -> None:
     """One flag a field. Values stay text: pydantic reads and checks them, for flags and YAML alike."""
     flags = [
         f"--{OTHER_NAMES.get(name, name).replace('_', '-')}",
@@ -215,7 +244,7 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, info: FieldInfo) -> No
     if bool in types:
         options["action"] = argparse.BooleanOptionalAction
     elif list in types:
-        options |= {"nargs": "+", "metavar": "NAME"}
+        options |= {"nargs": "+", "metavar": "X" if "float" in str(info.annotation) else "NAME"}
     else:
         choices = [value for kind in types if get_origin(kind) is Literal for value in get_args(kind)]
         numbers = {int: "N", float: "X"}
@@ -228,7 +257,7 @@ def _shown_default(info: FieldInfo) -> str:
     """None says nothing: what it means is in the description."""
     if info.is_required() or info.default is None:
         return ""
-    shown = info.default or "none" if isinstance(info.default, list) else info.default
+    shown = " ".join(map(str, info.default)) or "none" if isinstance(info.default, list) else info.default
     if isinstance(shown, bool):
         shown = "yes" if shown else "no"
     return f" (default: {shown})"

@@ -21,7 +21,7 @@ from itertools import combinations
 from typing import Any, Literal
 
 from lowrank_align.data.formats import Row, Shape, Text
-from lowrank_align.data.shapes import CONVERTIBLE
+from lowrank_align.data.shapes import CONVERTIBLE, TARGETS
 from lowrank_align.errors import UserError
 from lowrank_align.store.export import COLUMN
 
@@ -36,7 +36,7 @@ TIED = "a tie"
 TOO_NEAR = "nearer than min_difference"
 ALONE = "a prompt with one answer alone"
 AT_THRESHOLD = "at the threshold, neither good nor bad"
-NOT_GOOD = "not above the threshold"
+NOT_GOOD = "a rejected or bad answer, or not above the threshold"
 NOT_BEST = "not the best of its prompt"
 BETWEEN = "neither the best nor the worst of its prompt"
 
@@ -83,6 +83,8 @@ def check_convertible(rows: Sequence[Row], to: Target, source: str) -> Shape:
         return shape
     sources = " or ".join(f"{name} rows" for name, targets in CONVERTIBLE.items() if to in targets)
     can = f"they become {' or '.join(CONVERTIBLE[shape])}; " if shape in CONVERTIBLE else ""
+    if TARGETS.get(shape) == to:
+        raise UserError(f"{source}: these are {to} already: {can}train with them as they are")
     raise UserError(f"{source}: rows of shape {shape} cannot become {to}; {can}{to} are made of {sources}")
 
 

@@ -36,7 +36,7 @@ CONVERTIBLE: dict[Shape, tuple[str, ...]] = {  # what `data convert --to` makes 
     Shape.unpaired: ("pairs", "rankings", "demonstrations"),
     Shape.pair: ("unpaired", "demonstrations"),
 }
-_TARGETS = {
+TARGETS = {  # what people call rows of a shape
     Shape.pair: "pairs",
     Shape.ranking: "rankings",
     Shape.unpaired: "unpaired",
@@ -49,7 +49,7 @@ _KNOWN_FIELDS = sorted(
 
 def convert_line(shape: Shape, expect: Set[Shape]) -> str:
     """The command that makes rows of a wanted shape out of rows of `shape`; nothing where none does."""
-    targets = [_TARGETS[wanted] for wanted in Shape if wanted in expect and wanted in _TARGETS]
+    targets = [TARGETS[wanted] for wanted in Shape if wanted in expect and wanted in TARGETS]
     for target in targets:
         if target in CONVERTIBLE.get(shape, ()):
             return f"; `lowrank-align data convert FILE --to {target} --out OUT.jsonl` makes them"

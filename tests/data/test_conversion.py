@@ -154,6 +154,11 @@ def test_messages_columns_and_cut_answers_are_kept() -> None:
             "of scored rows or unpaired rows",
         ),
         (
+            [{"prompt": "p", "chosen": "a", "rejected": "b"}],
+            "pairs",
+            "f: these are pairs already: they become unpaired or demonstrations; train with them as they are",
+        ),
+        (
             [{"prompt": "p", "completion": "a"}],
             "unpaired",
             "f: rows of shape demonstration cannot become unpaired; unpaired are made of scored rows or ranking rows "
