@@ -103,7 +103,8 @@ def test_a_second_signal_stops_at_once(
     monkeypatch.setattr(SFT, "step", step)
     before = [signal.getsignal(getattr(signal, name)) for name in SIGNALS]
     outcome = command(*arguments(trained, tiny_llama, 2), "--out", tmp_path / "run")
-    assert (outcome.code, outcome.err) == (75, "interrupted; --resume goes on from the last checkpoint, if there is one\n")
+    words = "interrupted; --resume goes on from the last checkpoint, if there is one\n"
+    assert (outcome.code, outcome.err) == (75, words)
     assert [signal.getsignal(getattr(signal, name)) for name in SIGNALS] == before
     assert json.loads((tmp_path / "run/run.json").read_text())["state"] == "stopped"
     assert sealed_steps(tmp_path / "run/checkpoints") == []
