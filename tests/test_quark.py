@@ -188,6 +188,22 @@ def test_without_beta_no_reference_is_asked(make_method: Callable[..., Any], rew
     assert loss == pytest.approx(seen.results()["loss/nll"], rel=1e-5) and "loss/kl" not in seen.results()
 
 
+def test_an_adapter_on_the_output_layer_is_refused(
+    make_method: Callable[..., Any], run: Callable[..., Path], reward: str
+) -> None:
+    """A new one, and one that is continued; that another role's sits on it is no matter."""
+    targets = {"target_modules": ["q_proj", "lm_head"]}
+    with pytest.raises(UserError, match="^target_modules: adapts the output layer"):
+        make_method("quark", PROMPTS, reward=reward, **targets, **SMALL)
+    parent = run("sft", [{"prompt": "Q: ", "completion": "a"}], "parent", max_steps=1, **targets)
+    with pytest.raises(UserError, match="^adapter: .*parent: adapts the output layer"):
+        make_method("quark", PROMPTS, reward=reward, adapter=str(parent), **SMALL)
+    method, _ = make_method("quark", PROMPTS, reward=reward, **SMALL)
+    method.base.add_role("other", start_from=str(parent))
+    method.add_roles()
+    method.base.remove_role("other")
+
+
 @pytest.mark.parametrize("text", ["the same", "{quantile", "{other}", "{0}", "{quantiles}"])
 def test_texts_that_tell_nothing_apart_are_refused(text: str) -> None:
     from lowrank_align.config import resolve

@@ -73,9 +73,11 @@ class Quark(OnlineMethod[QuarkSettings, Sorted]):
         self.pool: list[Pooled] = []
 
     def add_roles(self) -> None:
-        if "lm_head" in (self.settings.target_modules or []):
-            raise UserError("target_modules: lm_head: Quark's KL needs the base's own head; leave it out")
         super().add_roles()
+        head = self.base.model.get_output_embeddings()
+        if self.base.roles["policy"].adapter in getattr(head, "lora_A", {}):
+            asked = f"adapter: {self.settings.adapter}" if self.settings.adapter else "target_modules"
+            raise UserError(f"{asked}: adapts the output layer, and Quark's KL needs the base's own; leave it out")
 
     # ---- step
 
