@@ -12,8 +12,10 @@ from lowrank_align.config import (
     METHODS,
     DPOSettings,
     GenerateSettings,
+    GRPOSettings,
     KTOSettings,
     PPOSettings,
+    RLOOSettings,
     SFTSettings,
     TrainSettings,
     read_yaml,
@@ -23,6 +25,7 @@ from lowrank_align.config import (
 from lowrank_align.errors import UserError
 
 NEEDED = {"model": "m", "data": "d.jsonl", "out": "o"}
+ONLINE = {"prompts": "p", "reward": "r"}
 
 
 def refusal(settings: Any, flags: dict[str, Any], config: Path | None = None) -> str:
@@ -130,6 +133,16 @@ def test_defaults_are_valid(method: str) -> None:
             {"ranking": "plackett_luce", "label_smoothing": 0.1},
             "label_smoothing and ranking: plackett_luce exclude each other",
         ),
+        (
+            DPOSettings,
+            {"ranking": "plackett_luce", "loss_weights": [5.0]},
+            "loss_weights and ranking: plackett_luce exclude each other",
+        ),
+        (DPOSettings, {"loss_weights": ["inf"]}, "loss_weights.0: input should be a finite number (got 'inf')"),
+        (PPOSettings, {**ONLINE, "reward_weights": ["nan"]}, "reward_weights.0: input should be a finite number"),
+        (PPOSettings, {**ONLINE, "batch_size": 1}, "minibatches: 2 of batch_size 1 prompts; at most one each"),
+        (GRPOSettings, {**ONLINE, "minibatches": 9}, "minibatches: 9 of batch_size 8 prompts; at most one each"),
+        (RLOOSettings, {**ONLINE, "minibatches": 9}, "minibatches: 9 of batch_size 8 prompts; at most one each"),
         (KTOSettings, {"batch_size": 1}, "batch_size: 1, must be at least 2: KTO's z0 pairs each prompt with"),
         (
             KTOSettings,
@@ -141,7 +154,7 @@ def test_defaults_are_valid(method: str) -> None:
     ],
 )
 def test_one_line_says_what_is_wrong(settings: Any, flags: dict[str, Any], message: str) -> None:
-    needed = {"model": "m", "prompts": "p", "out": "o"} if settings is GenerateSettings else NEEDED
+    needed = {"model": "m", "prompts": "p", "out": "o"} if "data" not in settings.model_fields else NEEDED
     assert refusal(settings, {**needed, **flags}).startswith(message)
 
 

@@ -135,8 +135,9 @@ class DPOSettings(TrainSettings):
             if changed and not set(readers).intersection(self.loss):
                 named = " and ".join(filter(None, [", ".join(readers[:-1]), readers[-1]]))
                 raise ValueError(f"{knob} is for loss: {named}, not {losses}")
-        if self.ranking == "plackett_luce" and self.label_smoothing:
-            raise ValueError("label_smoothing and ranking: plackett_luce exclude each other")
+        for knob in ("label_smoothing", "loss_weights"):
+            if self.ranking == "plackett_luce" and getattr(self, knob):
+                raise ValueError(f"{knob} and ranking: plackett_luce exclude each other")
         if self.ranking == "plackett_luce" and self.loss != ["sigmoid"]:
             raise ValueError(f"ranking: plackett_luce is for loss: sigmoid alone, not {losses}")
         return self

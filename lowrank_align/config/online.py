@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lowrank_align.config.knobs import Coefficient, Fraction, NotNegative, Positive, Rate
+from lowrank_align.config.knobs import Coefficient, Finite, Fraction, NotNegative, Positive, Rate
 from lowrank_align.config.training import TrainSettings
 
 
@@ -24,7 +24,7 @@ class OnlineSettings(TrainSettings):
     """Prompts: any rows that have one, in a file, a folder or a hub data set."""
     reward: list[str]
     """Reward runs, or module:function(prompts, completions) -> scores, looked up in the current folder too."""
-    reward_weights: list[float] | None = None
+    reward_weights: list[Finite] | None = None
     """A weight for each reward, in the same order; without it, 1 each."""
     length_penalty: Coefficient = 0.0
     """Subtracted from the score for every token of an answer."""
@@ -62,6 +62,13 @@ class OnlineSettings(TrainSettings):
             raise ValueError(
                 f"reward_weights: {len(self.reward_weights)} for {len(self.reward)} rewards; give one each"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_prompt_a_minibatch(self) -> "OnlineSettings":
+        minibatches = getattr(self, "minibatches", 1)
+        if minibatches > self.batch_size:
+            raise ValueError(f"minibatches: {minibatches} of batch_size {self.batch_size} prompts; at most one each")
         return self
 
 
@@ -143,14 +150,6 @@ class GRPOSettings(OnlineSettings):
     def needs_reference(self) -> bool:
         return self.beta > 0
 
-    @model_validator(mode="after")
-    def _a_prompt_a_minibatch(self) -> "GRPOSettings":
-        if self.minibatches > self.batch_size:
-            raise ValueError(
-                f"minibatches: {self.minibatches} of batch_size {self.batch_size} prompts; at most one each"
-            )
-        return self
-
 
 class RLOOSettings(OnlineSettings):
     """REINFORCE with the other answers of a prompt as the baseline (leave one out)."""
@@ -175,14 +174,6 @@ class RLOOSettings(OnlineSettings):
     @property
     def needs_reference(self) -> bool:
         return self.beta > 0
-
-    @model_validator(mode="after")
-    def _a_prompt_a_minibatch(self) -> "RLOOSettings":
-        if self.minibatches > self.batch_size:
-            raise ValueError(
-                f"minibatches: {self.minibatches} of batch_size {self.batch_size} prompts; at most one each"
-            )
-        return self
 
 
 class OnlineDPOSettings(OnlineSettings):
