@@ -222,6 +222,37 @@ def test_loss_and_figures(make_method: Callable[..., Any], tiny_base: Any) -> No
     assert not [name for name in found if name.startswith("loss/")]  # of a single loss that is the loss
 
 
+@pytest.mark.parametrize("loss", ["cpl", "cpl_kl"])
+def test_the_rewards_of_contrastive_preference_learning(
+    loss: str, make_method: Callable[..., Any], tiny_base: Any
+) -> None:
+    """It reads no beta: at lambda = gamma = 1 the loss is -log s of the margin, S = alpha log pi, or alpha log pi/ref.
+
+    With gamma .9 the reward is its discounted sum: the chosen answer's first token counts whole, its second .9, ...
+    """
+    method, rows = make_method("dpo", PAIRS[:1], loss=loss, cpl_alpha=0.2, cpl_lambda=1.0)
+    seen = Metrics()
+    value = method.step(rows, 1.0, seen).item()
+    found = seen.results()
+    assert value == pytest.approx(math.log1p(math.exp(-found["rewards/margins"])), rel=1e-4)
+    policy = logps(tiny_base, "policy", rows).tolist()
+    less = logps(tiny_base, "reference", rows).tolist() if loss == "cpl_kl" else [0.0, 0.0]
+    assert found["rewards/chosen"] == pytest.approx(0.2 * (policy[0] - less[0]), rel=1e-3)
+    assert found["rewards/rejected"] == pytest.approx(0.2 * (policy[1] - less[1]), rel=1e-3)
+    method.settings = method.settings.model_copy(update={"cpl_gamma": 0.9, "cpl_lambda": 0.5})
+    with tiny_base.role("policy"), torch.no_grad():
+        batch = tiny_base.collate(rows)
+        per_token = tiny_base.token_scores(batch).per_token_logps
+    if loss == "cpl_kl":
+        with tiny_base.role("reference"), torch.no_grad():
+            per_token = per_token - tiny_base.token_scores(batch).per_token_logps
+    tokens = per_token[0, : len(rows[0].completions[0].ids)].tolist()
+    again = Metrics()
+    method.step(rows, 1.0, again)
+    expected = 0.2 * sum(0.9**t * x for t, x in enumerate(tokens))
+    assert again.results()["rewards/chosen"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_preference_of_0_is_the_pair_turned_round(make_method: Callable[..., Any], tiny_base: Any) -> None:
     """Also its figures: chosen is the better one, whatever its column is called."""
     turned = [{**p, "chosen": p["rejected"], "rejected": p["chosen"], "preference": 0.0} for p in PAIRS]

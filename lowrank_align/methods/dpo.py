@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from lowrank_align.config import DPOSettings
-from lowrank_align.config.offline import LOSS_KNOBS
+from lowrank_align.config.offline import LOSS_KNOBS, REFERENCE_FREE, SEGMENTS
 from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.methods.method import Method, Metrics, assert_policy_is_reference
 from lowrank_align.objectives.paired import Side, by_preference, mean_per_row, outcome
 from lowrank_align.objectives.paired_losses import paired_loss
 from lowrank_align.objectives.ranked import MOST_TIED, TOO_MANY_TIES, most_tied, whole_orders
+from lowrank_align.objectives.segments import discounted_sum
 from lowrank_align.scoring import TokenScores
 from lowrank_align.trees import Comparisons, TreeBatch, TreeRow, collate_comparisons
 
@@ -89,13 +90,9 @@ class DPO(Method[DPOSettings, TreeRow]):
 
     @torch.no_grad()
     def _measure(self, answers: Side, policy: TokenScores, pairs: Comparisons, metrics: Metrics) -> None:
-        """Rewards are beta times the log-ratio; without a reference, times the log-probability (or its mean)."""
+        """The rewards are the first loss's, see `_rewards`."""
         logps, decided = answers.logps, pairs.preference != 0.5
-        if answers.ref_per_token_logps is not None:
-            rewards = self.settings.beta * answers.logratios
-        else:
-            of_tokens = BY_LENGTH.issuperset(self.settings.loss[:1])
-            rewards = self.settings.beta * (answers.per_token_mean(logps) if of_tokens else logps)
+        rewards = self._rewards(answers)
         seen = outcome(rewards[pairs.first], rewards[pairs.second], pairs.preference)
         metrics.mean("rewards/chosen", seen.chosen, decided)
         metrics.mean("rewards/rejected", seen.rejected, decided)
@@ -107,6 +104,19 @@ class DPO(Method[DPOSettings, TreeRow]):
         metrics.mean("logps/rejected", logps[rejected], decided)
         metrics.mean("nll_loss", -answers.per_token_mean(logps)[chosen], decided)
         metrics.mean("mean_token_accuracy", policy.is_top[chosen], answers.mask[chosen] & decided[:, None])
+
+    def _rewards(self, answers: Side) -> Tensor:
+        """(N,) beta times the log-ratio; without a reference, times the log-probability (or its mean).
+
+        Where contrastive preference learning stands first, which has no beta: its S, without lambda.
+        """
+        s, first = self.settings, self.settings.loss[0]
+        if first in SEGMENTS:
+            per_token = answers.per_token_logps if first in REFERENCE_FREE else answers.per_token_logratios
+            return s.cpl_alpha * discounted_sum(per_token, answers.mask, s.cpl_gamma)
+        if answers.ref_per_token_logps is not None:
+            return s.beta * answers.logratios
+        return s.beta * (answers.per_token_mean(answers.logps) if first in BY_LENGTH else answers.logps)
 
     # ---- before and after
 
