@@ -205,8 +205,12 @@ def test_a_step_of_online_dpo_by_hand(make_method: Callable[..., Any], score: Ca
 
 
 def test_a_step_of_expert_iteration_by_hand(make_method: Callable[..., Any], score: Callable[[str], str]) -> None:
-    """The longest text of three to each prompt: minus the mean of its tokens' log-probs, over all kept tokens."""
-    method, prompts = make_method("expert", PROMPTS, reward=score("float(len(c))"), missing_eos_penalty=0.0, **SMALL)
+    """The longest text of three to each prompt: minus the mean of its tokens' log-probs, over all kept tokens.
+
+    At the temperature at which they were drawn.
+    """
+    knobs = {"missing_eos_penalty": 0.0, "temperature": 0.6}
+    method, prompts = make_method("expert", PROMPTS, reward=score("float(len(c))"), **knobs, **SMALL)
     groups, items = rolled(method, prompts)
     losses: list[float] = []
     best_scores = []
@@ -215,7 +219,7 @@ def test_a_step_of_expert_iteration_by_hand(make_method: Callable[..., Any], sco
         best = group[lengths.index(max(lengths))]
         best_scores.append(max(lengths))
         assert [c.ids for c in item.completions] == [best.ids]
-        losses += [-p for p in token_logps(method, "policy", best.prompt_ids, best.ids, 1.0)]
+        losses += [-p for p in token_logps(method, "policy", best.prompt_ids, best.ids, 0.6)]
     loss = method.step(items, method.weight(items), Metrics()).item()
     assert loss == pytest.approx(statistics.mean(losses), rel=1e-5)
     assert method.round_metrics()["objective/best_scores"] == pytest.approx(statistics.mean(best_scores))

@@ -28,6 +28,11 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "reward": PAIRS,
     "dpo": PAIRS,
     "coh": PAIRS,
+    "condition": PAIRS,
+    "kto": [
+        {"prompt": pair["prompt"], "completion": pair["chosen" if i % 3 else "rejected"], "label": bool(i % 3)}
+        for i, pair in enumerate(PAIRS)
+    ],
     "ppo": [{"prompt": pair["prompt"]} for pair in PAIRS],
     "quark": [{"prompt": pair["prompt"]} for pair in PAIRS],
 }
@@ -37,6 +42,8 @@ KNOBS: dict[str, dict[str, Any]] = {
     "reward": {"lora_dropout": 0.2, "gradient_checkpointing": True},
     "dpo": {"lr_schedule": "cosine"},
     "coh": {"hidden_tokens": 0.3},
+    "condition": {"lora_dropout": 0.2},
+    "kto": {"eval_rows": 2, "eval_steps": 2},
     "ppo": {"target_kl": 0.01, "kl_horizon": 4, "max_new_tokens": 8, "minibatches": 2, "ppo_epochs": 2},
 }
 KNOBS["quark"] = {"max_new_tokens": 8, "pool_steps": 2, "quantiles": 3}
