@@ -85,6 +85,8 @@ def moved(method: Any) -> None:
 def test_a_step_of_grpo_by_hand(reduction: str, make_method: Callable[..., Any], score: Callable[[str], str]) -> None:
     """A = (r - mean) / (std + 1e-4), std with G - 1; -min(rho A, clip(rho) A) + beta (ref/pi - log(ref/pi) - 1).
 
+    With two passes objective/kl is that of the policy that drew, the sum of log(old/ref), whatever it has become since.
+
     r is the length of the text less .3 without an end and less .05 a token. Everything from each answer's own logits.
     """
     beta, clip, high, temperature = 0.3, 0.05, 0.1, 0.8
@@ -94,6 +96,9 @@ def test_a_step_of_grpo_by_hand(reduction: str, make_method: Callable[..., Any],
     groups, items = rolled(method, prompts)
     of_prompt = {tuple(group[0].prompt_ids): group for group in groups}
     old = {id(r): token_logps(method, "policy", r.prompt_ids, r.ids, temperature) for group in groups for r in group}
+    drawn_ref = {
+        id(r): token_logps(method, "reference", r.prompt_ids, r.ids, temperature) for group in groups for r in group
+    }
     moved(method)
     by_answer, kls, ratios = [], [], []
     for item in items:
@@ -122,6 +127,9 @@ def test_a_step_of_grpo_by_hand(reduction: str, make_method: Callable[..., Any],
     assert len({len(losses) for losses in by_answer}) > 1, "all answers are of one length"
     assert loss == pytest.approx(expected, rel=1e-4)
     assert seen.results()["kl"] == pytest.approx(statistics.mean(kls), rel=1e-3)
+    drawn_kl = statistics.mean(sum(old[id(r)]) - sum(drawn_ref[id(r)]) for group in groups for r in group)
+    assert method.round_metrics()["objective/kl"] == pytest.approx(drawn_kl, abs=1e-3)  # of the policy that drew
+    assert "objective/kl" not in seen.results()
     assert seen.results()["policy/ratio"] == pytest.approx(statistics.mean(ratios), rel=1e-4)
 
 

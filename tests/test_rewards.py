@@ -296,4 +296,16 @@ def test_a_run_that_is_paid_by_the_letter(
     folder = run("rloo", [{"prompt": "Say: "}], "run", reward=name, max_new_tokens=3, batch_size=1, group_size=2)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["reward_hacking"] for line in lines] == [0, 0, 1, 1]
-    assert capsys.readouterr().out.count("score, KL and length have all climbed for 3 steps") == 1
+    out = capsys.readouterr().out
+    assert out.count("score, KL and length have all climbed for 3 steps") == 1 and "no KL is measured" not in out
+
+
+@pytest.mark.parametrize(("method", "knobs"), [("expert", {}), ("grpo", {"beta": 0.0})])
+def test_where_no_kl_is_measured_a_line_says_so(
+    method: str, knobs: dict[str, Any], module: Callable[[str], str], run: Callable[..., Path], capsys: Any
+) -> None:
+    """Once, not at every step."""
+    name = f"{module(function('return [len(c) for c in completions]'))}:score"
+    small = {"max_new_tokens": 3, "batch_size": 1, "group_size": 2, "max_steps": 2, **knobs}
+    run(method, [{"prompt": "Say: "}], "run", reward=name, **small)
+    assert capsys.readouterr().out.count("no KL is measured, so nothing watches for an exploited reward") == 1

@@ -31,7 +31,10 @@ class GRPO(GroupedMethod[GRPOSettings]):
         # with one update a step the policy that is trained is the one that drew: no pass for the old log-probs
         old_logps = self.logps_of("policy", trees, retry) if self.updates_per_step > 1 else None
         ref_logps = self.logps_of("reference", trees, retry) if self.settings.needs_reference else None
-        self.measured = self.measure(judged, None)
+        kl = None
+        if old_logps is not None and ref_logps is not None:
+            kl = (old_logps - ref_logps).sum(dim=1)
+        self.measured = self.measure(judged, kl)
         return self.as_groups(trees, advantages, old_logps, ref_logps)
 
     def weight(self, items: Sequence[Group]) -> float:
@@ -58,5 +61,6 @@ class GRPO(GroupedMethod[GRPOSettings]):
         self.measure_step(seen, scores, mask, metrics)
         if these.ref_logps is not None:
             metrics.mean("kl", outcome.kl, mask)
-            metrics.mean("objective/kl", masked(logps - these.ref_logps, mask).sum(dim=1))
+            if these.old_logps is None:  # else measured when they were drawn, by the policy that drew them
+                metrics.mean("objective/kl", masked(logps - these.ref_logps, mask).sum(dim=1))
         return loss.detach()

@@ -55,6 +55,7 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
         self.measured: dict[str, float] = {}
         self.group_size: int = getattr(settings, "group_size", 1)  # answers a prompt
         self.watch_for_hacking = HackingWatch()
+        self.said_unwatched = False
 
     def add_roles(self) -> None:
         self.policy_from_settings()
@@ -147,6 +148,9 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
 
     def watch(self, figures: dict[str, float]) -> dict[str, float]:
         kl = figures.get("objective/kl")
+        if not self.settings.needs_reference and not self.said_unwatched:
+            self.tell("no KL is measured, so nothing watches for an exploited reward: read samples.jsonl")
+            self.said_unwatched = True
         if kl is None:
             return {}
         began = self.watch_for_hacking.add(figures["objective/scores"], kl, figures["completions/mean_length"])
