@@ -11,6 +11,7 @@ within a message are ordinary text; in text rows they are what they say.
 
 Answer prefix. A text that a method trained with before the answer: encoded apart from what stands around it, so that
 its ids are the same in training and in generation. It is never trained itself; control tokens in it are ordinary text.
+None stands in a `text` row, which is no answer.
 
 Too long. Completions are cut at `max_length` and then have no end token. A row is dropped if its prompt leaves no room,
 or if what was cut made its answers equal or left nothing to train.
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Literal
 from lowrank_align.data.assembly import became_equal, behind, common_prefix, comparisons_of, trimmed
 from lowrank_align.data.bad_rows import BadRows
 from lowrank_align.data.encoder import Encoder
-from lowrank_align.data.formats import Message, Row
+from lowrank_align.data.formats import Message, Row, Shape
 from lowrank_align.data.template import PLAIN_TEMPLATE, ChatTemplate
 from lowrank_align.errors import UserError
 from lowrank_align.trees import Completion, TreeRow
@@ -147,13 +148,13 @@ class Renderer:
     def tree_row(self, row: Row, prefixes: Sequence[str] | None = None) -> Rendered:
         """The row's prompt, completions and comparisons, cut to `max_length`; its own errors name `row.where`.
 
-        `prefixes`: the text before each completion; without them, `answer_prefix` before all. It stands before the
-        first trained token and counts towards `max_length`.
+        `prefixes`: the text before each completion; without them, `answer_prefix` before all, but for a `text` row's.
+        It stands before the first trained token and counts towards `max_length`.
         """
         if not row.completions:
             raise ValueError(f"{row.where}: a row without completions has nothing to train on")
         if prefixes is None:
-            before = [self.prefix_ids] * len(row.completions)
+            before = [[] if _is_text(row) else self.prefix_ids] * len(row.completions)
         else:
             before = [self._encoder.middle(text, control_as_text=True) for text in prefixes]
         try:
@@ -285,6 +286,11 @@ class Renderer:
 
 def _is_chat(row: Row) -> bool:
     return not isinstance(row.completions[0] if row.completions else row.prompt, str)
+
+
+def _is_text(row: Row) -> bool:
+    """A text by itself: such a row has no prompt."""
+    return row.shape == Shape.demonstration and not row.prompt and not _is_chat(row)
 
 
 def _messages(text: str | list[Message]) -> list[Message]:

@@ -70,6 +70,16 @@ def test_no_token_holds_a_part_of_prompt_and_answer(make_tokenizer: Any) -> None
     assert [renderer.tokenizer.decode([i]) for i in tree.completions[0].ids] == ["+", "r", "!", "</s>"]
 
 
+def test_no_prefix_stands_in_a_text(make_tokenizer: Any, chatml: str) -> None:
+    """It would stand in front of its first letter; the answer in a conversation has it as ever."""
+    good = Renderer(make_tokenizer(chatml), max_length=999).with_prefix("Good: ")
+    tree = good.tree_row(parse({"text": "Once upon"})).tree
+    assert tree is not None and all(tree.completions[0].mask)
+    assert text(good, tree.prompt_ids + tree.completions[0].ids) == "<s>Once upon</s>"
+    tree = good.tree_row(parse({"messages": [*TALK["prompt"], *TALK["chosen"]]})).tree
+    assert tree is not None and "Good: yes" in text(good, tree.prompt_ids + tree.completions[0].ids)
+
+
 def test_the_prefix_counts_towards_the_length(make_tokenizer: Any) -> None:
     """<s>Q: are 3 tokens, the prefixes 2 and 4, the answers ` yes` and ` no` with their end 5 and 4.
 
