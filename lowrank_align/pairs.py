@@ -8,7 +8,7 @@ from lowrank_align.annotators import Annotator, Labels, Score, label_pairs
 from lowrank_align.base import Base
 from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import Row
-from lowrank_align.rewards import seen_answer
+from lowrank_align.rewards import seen_answer, seen_prompt
 from lowrank_align.rollout import generator_for, sample
 
 BATCH = 64
@@ -26,11 +26,6 @@ class Drawn:
     def mean_tokens(self) -> float:
         """Of an answer."""
         return self.tokens / self.answers
-
-
-def prompt_text(row: Row) -> str:
-    """What a score function sees of a prompt: the text, or of a conversation what was said last."""
-    return row.prompt if isinstance(row.prompt, str) else str(row.prompt[-1]["content"])
 
 
 def answer_as(prompt: Any, text: str) -> Any:
@@ -67,7 +62,7 @@ def draw_pairs(
             completions_per_prompt=2,
             batch_size=BATCH,
         )
-    texts = [prompt_text(row) for row in rows]
+    texts = [seen_prompt(row) for row in rows]
     chats = [not isinstance(row.prompt, str) for row in rows]
     sides = [
         [seen_answer(renderer, group[side].ids, chat=chat) for group, chat in zip(groups, chats, strict=True)]

@@ -11,10 +11,10 @@ from lowrank_align.apps.frontier.start import JUDGE, SFT, World
 
 from lowrank_align import adapters
 from lowrank_align.data.formats import Row
-from lowrank_align.evaluate.answers import summed_logps, tree
-from lowrank_align.evaluate.policy import pair_accuracy, reward_scores
+from lowrank_align.evaluate.answers import tree
+from lowrank_align.evaluate.policy import k1, pair_accuracy, reward_scores
 from lowrank_align.evaluate.win_rate import win_rate
-from lowrank_align.pairs import prompt_text
+from lowrank_align.rewards import seen_answer, seen_prompt
 from lowrank_align.rollout import Rollout, generator_for, sample
 
 BATCH = 64
@@ -59,8 +59,11 @@ def answers(
         for ids, group in zip(bare, groups, strict=True)
         for rollout in group
     ]
-    texts = [renderer.decode(rollout.ids) for rollout in flat]
-    scores = list(world.score([prompt_text(row) for row in rows for _ in range(count)], texts))
+    asked = [row for row in rows for _ in range(count)]
+    texts = [
+        seen_answer(renderer, r.ids, chat=not isinstance(row.prompt, str)) for row, r in zip(asked, flat, strict=True)
+    ]
+    scores = list(world.score([seen_prompt(row) for row in asked], texts))
     return Answered(flat, texts, scores)
 
 
@@ -69,10 +72,9 @@ def kl_to_sft(world: World, role: str, rollouts: Sequence[Rollout], prefix_ids: 
 
     The role answers behind its prefix, SFT without it: what is compared is what each would say to the same prompt.
     """
-    theirs, _ = summed_logps(world.base, SFT, [tree(r.prompt_ids, r.ids) for r in rollouts], SCORED)
-    prefixed = [tree([*r.prompt_ids, *prefix_ids], r.ids) for r in rollouts]
-    ours, _ = summed_logps(world.base, role, prefixed, SCORED)
-    return fmean(a - b for a, b in zip(ours, theirs, strict=True))
+    ours = [tree([*r.prompt_ids, *prefix_ids], r.ids) for r in rollouts]
+    theirs = [tree(r.prompt_ids, r.ids) for r in rollouts]
+    return fmean(k1(world.base, role, SFT, ours, theirs, SCORED)[0])
 
 
 def figures(world: World, role: str, rows: Sequence[Row], against: Sequence[float], prefix: str = "") -> dict[str, Any]:

@@ -23,7 +23,7 @@ class Asked:
 
     row: Row  # prompt alone
     prompt_ids: list[int]  # at least one token, without any prefix
-    text: str  # what functions and other judges are given, see `prompt_text`
+    text: str  # what functions and other judges are given, see `rewards.seen_prompt`
     reference: Text | None = None
 
 
@@ -68,11 +68,6 @@ def reference_of(row: Row) -> tuple[Row, Text]:
         if row.ranks.count(min(row.ranks)) > 1:
             raise UserError(f"{row.where}: ranks: several first, so no one answer to compare with")
     return replace(row, completions=[], shape=Shape.prompts, ranks=None), row.completions[best]
-
-
-def prompt_text(prompt: Text) -> str:
-    """A prompt as the row has it; of a conversation, what was said last: what reward functions see in training."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def answer_text(answer: Text) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lowrank_align.base import Base
-from lowrank_align.evaluate.answers import Asked, Side, conversation_text, summed_logps, tree
+from lowrank_align.evaluate.answers import Asked, Side, conversation_text, tree
 from lowrank_align.evaluate.chat_judge import ChatJudge, Question
 from lowrank_align.evaluate.outcomes import (
     Comparison,
@@ -17,6 +17,7 @@ from lowrank_align.evaluate.outcomes import (
     mean_interval,
     outcomes_of_scores,
 )
+from lowrank_align.evaluate.policy import k1
 from lowrank_align.evaluate.report import (
     COMPARISON_COLUMNS,
     Report,
@@ -50,8 +51,7 @@ def kl(base: Base, role: str, reference: str, asked: Sequence[Asked], side: Side
     assert side.rollouts is not None
     mine = [tree(rollout.prompt_ids, rollout.ids) for rollout in side.rollouts]
     theirs = [tree([*one.prompt_ids, *prefix], r.ids) for one, r in zip(asked, side.rollouts, strict=True)]
-    ours, counts = summed_logps(base, role, mine, size)
-    away = [a - b for a, b in zip(ours, summed_logps(base, reference, theirs, size)[0], strict=True)]
+    away, counts = k1(base, role, reference, mine, theirs, size)
     return KL(mean_interval(away), sum(away) / sum(counts), sum(counts), len(away))
 
 

@@ -11,7 +11,7 @@ from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.data.load import Loaded, load_rows
 from lowrank_align.errors import UserError
-from lowrank_align.evaluate.answers import REFERENCE, WITH_REFERENCE, Asked, prompt_text, reference_of
+from lowrank_align.evaluate.answers import REFERENCE, WITH_REFERENCE, Asked, reference_of
 from lowrank_align.evaluate.chat_judge import ChatJudge
 from lowrank_align.evaluate.harness import check_installed
 from lowrank_align.evaluate.people import standing
@@ -19,7 +19,7 @@ from lowrank_align.evaluate.report import FILES
 from lowrank_align.loading import check_device, model_folder, read_config, read_tokenizer
 from lowrank_align.preset_check import from_preset, preset_lines
 from lowrank_align.provenance import read_provenance, weights_hash
-from lowrank_align.rewards import RewardFunction, load_function
+from lowrank_align.rewards import RewardFunction, load_function, seen_prompt
 from lowrank_align.roles import BARE
 from lowrank_align.runs import check_place
 from lowrank_align.store import Entry
@@ -157,7 +157,7 @@ def _asked(settings: EvalSettings, renderer: Renderer, runs: Sequence[str]) -> l
         if len(ids) + longest + settings.max_new_tokens > renderer.max_length:
             left_out.append(row.where)
         else:
-            found.append(Asked(prompt, ids, prompt_text(prompt.prompt), reference))
+            found.append(Asked(prompt, ids, seen_prompt(prompt), reference))
     room = f"no room for {settings.max_new_tokens} new tokens within max_length {renderer.max_length}"
     if not found:
         raise UserError(f"{left_out[0]}: {room}, nor for any other prompt; lower --max-new-tokens")

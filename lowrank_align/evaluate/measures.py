@@ -10,12 +10,12 @@ from lowrank_align.base import Base
 from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row
 from lowrank_align.errors import UserError
-from lowrank_align.evaluate.answers import answer_text, conversation_text, prompt_text, summed_logps
+from lowrank_align.evaluate.answers import answer_text, conversation_text, summed_logps
 from lowrank_align.evaluate.chat_judge import ChatJudge, Question
 from lowrank_align.evaluate.people import People, Siding, Vote, siding
 from lowrank_align.evaluate.report import Report, Table, agreed, all_rows, figure, listed, many, share
 from lowrank_align.evaluate.reward_quality import RewardQuality, ScoredPair, reward_quality
-from lowrank_align.rewards import RewardFunction, Rewards
+from lowrank_align.rewards import RewardFunction, Rewards, seen_prompt
 from lowrank_align.trees import TreeRow
 
 # ---- a reward run on pairs
@@ -200,7 +200,7 @@ def runs_and_votes(
 
 def functions_and_votes(functions: Mapping[str, RewardFunction], votes: Sequence[Vote]) -> dict[str, Siding]:
     """By function of the user's, how often it sides with the votes."""
-    prompts = [prompt_text(vote.row.prompt) for vote in votes]
+    prompts = [seen_prompt(vote.row) for vote in votes]
     better, worse = ([answer_text(vote.row.completions[side]) for vote in votes] for side in (0, 1))
     return {
         name: siding(votes, [a - b for a, b in zip(of(prompts, better), of(prompts, worse), strict=True)])

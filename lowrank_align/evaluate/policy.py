@@ -3,13 +3,15 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 
 from lowrank_align.base import Base
 from lowrank_align.data.chat import Renderer
+from lowrank_align.evaluate.answers import summed_logps, tree
 from lowrank_align.rollout import Rollout, generator_for, sample
-from lowrank_align.trees import Completion, TreeRow
+from lowrank_align.trees import TreeRow
 
 BATCH = 16
 
@@ -42,28 +44,32 @@ def answer(
     return Answers(rollouts, [renderer.decode(r.ids) for r in rollouts], pace)
 
 
-@torch.no_grad()
 def kl_to(base: Base, role: str, reference: str, rollouts: Sequence[Rollout]) -> float:
     """KL(role || reference) in nats an answer: the mean of log pi(y|x) - log ref(y|x) over answers y that `role` drew.
 
     The k1 estimate of whole answers: unbiased, and rarely a little below 0.
     """
-    found = []
-    trees = [_tree(rollout) for rollout in rollouts]
-    for start in range(0, len(trees), BATCH):
-        batch = base.collate(trees[start : start + BATCH])
-        with base.role(role):
-            logps = base.token_scores(batch).logps
-        with base.role(reference):
-            found.append(logps - base.token_scores(batch).logps)
-    return torch.cat(found).double().mean().item()
+    trees = [tree(r.prompt_ids, r.ids) for r in rollouts]
+    return fmean(k1(base, role, reference, trees, trees, BATCH)[0])
+
+
+def k1(
+    base: Base, role: str, reference: str, ours: Sequence[TreeRow], theirs: Sequence[TreeRow], size: int
+) -> tuple[list[float], list[int]]:
+    """Of every answer log pi(y|x) - log ref(y|x) in nats, and its tokens; `size` rows at once.
+
+    `ours` and `theirs` are the same answers, each behind what that role is asked: their prefixes may differ.
+    """
+    logps, tokens = summed_logps(base, role, ours, size)
+    others, _ = summed_logps(base, reference, theirs, size)
+    return [a - b for a, b in zip(logps, others, strict=True)], tokens
 
 
 @torch.no_grad()
 def reward_scores(base: Base, role: str, rollouts: Sequence[Rollout]) -> list[float]:
     """The shifted scores that the reward model `role` gives to answers."""
     found: list[float] = []
-    trees = [_tree(rollout) for rollout in rollouts]
+    trees = [tree(r.prompt_ids, r.ids) for r in rollouts]
     with base.role(role):
         for start in range(0, len(trees), BATCH):
             found += base.scores(base.collate(trees[start : start + BATCH]), shifted=True).tolist()
@@ -78,7 +84,3 @@ def pair_accuracy(
     return (
         sum((difference > 0) == (true > 0) for difference, true in decided) / len(decided) if decided else float("nan")
     )
-
-
-def _tree(rollout: Rollout) -> TreeRow:
-    return TreeRow(rollout.prompt_ids, [Completion(rollout.ids, [True] * len(rollout.ids))])

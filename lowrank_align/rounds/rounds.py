@@ -14,11 +14,11 @@ from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.data.load import load_rows, split_off
 from lowrank_align.errors import UserError, nearest
-from lowrank_align.evaluate.answers import Asked, Side, draw, prompt_text
+from lowrank_align.evaluate.answers import Asked, Side, draw
 from lowrank_align.evaluate.comparing import kl
 from lowrank_align.evaluate.win_rate import win_rate
 from lowrank_align.methods import method_class
-from lowrank_align.rewards import Rewards, load_function
+from lowrank_align.rewards import Rewards, load_function, seen_prompt
 from lowrank_align.roles import BARE
 from lowrank_align.rounds.collecting import (
     as_unpaired,
@@ -238,4 +238,4 @@ class Rounds:
         if s.held_out >= len(fitting):
             raise UserError(f"held_out: {s.held_out} of {len(fitting)} prompts; leave some to train on")
         train_rows, held_out = split_off(fitting, s.held_out, s.seed)
-        return train_rows, [Asked(row, self.renderer.prompt_ids(row), prompt_text(row.prompt)) for row in held_out]
+        return train_rows, [Asked(row, self.renderer.prompt_ids(row), seen_prompt(row)) for row in held_out]

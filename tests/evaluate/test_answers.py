@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import parse_row
@@ -13,13 +14,14 @@ from lowrank_align.evaluate.answers import (
     Side,
     conversation_text,
     draw,
-    prompt_text,
     reference_of,
     references,
     summed_logps,
 )
 from lowrank_align.evaluate.comparing import kl
 from lowrank_align.evaluate.policy import kl_to
+from lowrank_align.rewards import seen_prompt
+from lowrank_align.rollout import Rollout
 
 USER = {"role": "user", "content": "Hi"}
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -65,10 +67,10 @@ def test_rows_without_a_best_answer(row: dict[str, Any], error: str) -> None:
 
 
 def test_prompts_as_text() -> None:
-    assert prompt_text([SYSTEM, USER]) == "Hi"  # type: ignore[list-item]
+    assert seen_prompt(parse_row({"prompt": [SYSTEM, USER]}, "f:1", 0)) == "Hi"
     assert conversation_text([USER]) == "Hi"  # type: ignore[list-item]
     assert conversation_text([SYSTEM, USER]) == "system: Be kind.\n\nuser: Hi"  # type: ignore[list-item]
-    assert conversation_text("p") == prompt_text("p") == "p"
+    assert conversation_text("p") == seen_prompt(parse_row({"prompt": "p"}, "f:1", 0)) == "p"
 
 
 @pytest.fixture
@@ -120,12 +122,22 @@ def test_references_are_read_as_rows_are(renderer: Renderer) -> None:
     assert side.finished is None
 
 
-def test_kl_is_that_of_other_code_and_zero_to_itself(voice: Any, renderer: Renderer) -> None:
+def logp(base: Any, role: str, rollout: Rollout) -> float:
+    """Of an answer in nats, from the model's logits alone."""
+    ids, start = torch.tensor([[*rollout.prompt_ids, *rollout.ids]]), len(rollout.prompt_ids)
+    with base.role(role), torch.no_grad():
+        logps = base.model(ids).logits[0].double().log_softmax(-1)
+    return sum(logps[start + i - 1, token].item() for i, token in enumerate(rollout.ids))
+
+
+def test_kl_is_that_of_the_logits_and_zero_to_itself(voice: Any, renderer: Renderer) -> None:
     asked = ask(renderer, "Say: ", "A longer question? ", "x")
     side = drawn(voice, renderer, asked)
     assert side.rollouts is not None
+    by_hand = sum(sign * logp(voice, role, r) for role, sign in (("adapter", 1), ("base", -1)) for r in side.rollouts)
     found = kl(voice, "adapter", "base", asked, side, [], 2)
-    assert found.nats.value == pytest.approx(kl_to(voice, "adapter", "base", side.rollouts), abs=1e-4)
+    assert found.nats.value == pytest.approx(by_hand / 3, abs=1e-4)
+    assert kl_to(voice, "adapter", "base", side.rollouts) == pytest.approx(by_hand / 3, abs=1e-4)
     assert found.nats_per_token == pytest.approx(found.nats.value * 3 / sum(side.tokens), abs=1e-6)
     assert abs(found.nats.value) > 0.1
     assert kl(voice, "adapter", "adapter", asked, side, [], 2).nats.value == 0
