@@ -64,19 +64,22 @@ class Labels:
     rows: list[dict[str, Any]] = field(default_factory=list)  # prompt, chosen, rejected, annotator
     places: list[int] = field(default_factory=list)  # which pair each row is of, from 0
     identical: int = 0  # pairs without a row: both answers were the same
+    refused: int = 0  # rows taken out again: an answer that no file may hold, as with a NUL character
     flipped: int = 0
     decided: int = 0  # rows between whose answers the exact score decides
     right: int = 0  # of those, rows whose chosen answer has the higher one
 
     @property
-    def agreement(self) -> float:
-        """Share of the decided rows that are labelled as the exact score has it; NaN without any."""
-        return self.right / self.decided if self.decided else math.nan
+    def agreement(self) -> float | None:
+        """Share of the decided rows that are labelled as the exact score has it; None where it decides none."""
+        return self.right / self.decided if self.decided else None
 
     def told(self) -> str:
         """One line about them."""
         left_out = f", {self.identical} left out: both answers the same" if self.identical else ""
-        return f"{len(self.rows)} pairs, {self.flipped} labels flipped{left_out}; {self.agreement:.0%} as scored"
+        left_out += f", {self.refused} left out: no text that a file may hold" if self.refused else ""
+        right = "all scored alike" if self.agreement is None else f"{self.agreement:.0%} as scored"
+        return f"{len(self.rows)} pairs, {self.flipped} labels flipped{left_out}; {right}"
 
 
 def label_pairs(

@@ -7,7 +7,8 @@ from typing import Any
 from lowrank_align.annotators import Annotator, Labels, Score, label_pairs
 from lowrank_align.base import Base
 from lowrank_align.data.chat import Renderer
-from lowrank_align.data.formats import Row
+from lowrank_align.data.formats import Row, parse_row
+from lowrank_align.errors import UserError
 from lowrank_align.rewards import seen_answer, seen_prompt
 from lowrank_align.rollout import generator_for, sample
 
@@ -72,5 +73,16 @@ def draw_pairs(
     for place, line in zip(labels.places, labels.rows, strict=True):  # by place: two conversations may end alike
         prompt = rows[place].prompt
         line |= {"prompt": prompt} | {side: answer_as(prompt, line[side]) for side in ("chosen", "rejected")}
+    readable = [line for line in labels.rows if _can_be_read(line)]
+    labels.refused, labels.rows = len(labels.rows) - len(readable), readable
     tokens = sum(len(rollout.ids) for group in groups for rollout in group)
     return Drawn(labels, 2 * len(groups), tokens)
+
+
+def _can_be_read(line: dict[str, Any]) -> bool:
+    """A policy may say any bytes; a row with some of them would end the training that reads it."""
+    try:
+        parse_row(line, "", 0)
+    except UserError:
+        return False
+    return True

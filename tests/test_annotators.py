@@ -57,7 +57,8 @@ def test_the_first_side_counts_where_it_is_drawn() -> None:
     pool = [Annotator("first", points_first=1.0, flipped=0.0)]
     labels = label_pairs(pool, lambda p, c: [0.0] * len(c), ["p"] * count, ["a"] * count, ["b"] * count)
     assert 160 <= sum(row["chosen"] == "a" for row in labels.rows) <= 240
-    assert labels.decided == 0
+    assert (labels.decided, labels.agreement) == (0, None)
+    assert labels.told() == "400 pairs, 0 labels flipped; all scored alike"
 
 
 def test_about_a_quarter_is_flipped_and_the_seed_decides() -> None:

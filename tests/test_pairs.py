@@ -1,6 +1,5 @@
-"""Pairs of a role's own answers: whose prompt each answer stands under, and what the score is shown."""
+"""Pairs of a role's own answers: what is labelled, in the form of the prompt, and what is left out."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -8,52 +7,41 @@ import pytest
 from lowrank_align import pairs
 from lowrank_align.annotators import Annotator
 from lowrank_align.data.chat import Renderer
-from lowrank_align.data.formats import Row, parse_row
+from lowrank_align.data.formats import parse_row
 from lowrank_align.pairs import draw_pairs
 from lowrank_align.rollout import Rollout
 
-PERFECT = Annotator("perfect", flipped=0.0)
+FAIR = [Annotator("fair", flipped=0.0)]
 
 
-def asked_of(animal: str) -> list[dict[str, str]]:
-    """A conversation about an animal; all of them end alike."""
-    return [
-        {"role": "user", "content": f"Tell me of {animal}s."},
-        {"role": "assistant", "content": "Where to begin?"},
-        {"role": "user", "content": "Go on."},
-    ]
-
-
-def by_length(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+def length(prompts: Any, completions: Any) -> list[float]:
+    """A point a character."""
     return [float(len(text)) for text in completions]
 
 
-@pytest.fixture
-def drawn(tiny_base: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., pairs.Drawn]:
-    """`drawn(rows, answers)`: pairs of these answers, two to each row, as if the base had given them."""
-
-    def draw(rows: Sequence[Row], answers: Sequence[tuple[str, str]], score: Any = by_length) -> pairs.Drawn:
-        ids = [[tiny_base.tokenizer(text, add_special_tokens=False)["input_ids"] for text in two] for two in answers]
-        groups = [[Rollout([1], one, True) for one in two] for two in ids]
-        monkeypatch.setattr(pairs, "sample", lambda *_, **__: groups)
-        renderer = Renderer(tiny_base.tokenizer, max_length=256)
-        return draw_pairs(tiny_base, "base", renderer, rows, [PERFECT], score, seed=0, max_new_tokens=16)
-
-    return draw
-
-
-def test_answers_stand_under_their_own_prompt(drawn: Callable[..., pairs.Drawn]) -> None:
-    """Both conversations end with "Go on."; the identical pair between them gives no row. What a template
-    puts around an answer is no part of it."""
-    rows = [parse_row({"prompt": asked_of(animal)}, "f:1", i) for i, animal in enumerate(["cat", "hen", "dog"])]
-    found = drawn(rows, [("cats", "cats purr"), ("hens", "hens"), ("\n dogs bark ", "dogs")])
+def test_labelled_in_the_form_of_the_prompt(tiny_base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four prompts; the answers to the second are the same, one to the third has a NUL character, which no file may
+    hold. The longer answer is chosen. Tokens: 8 answers, of 2 + 1, 1 + 1, 2 + 1 and 1 + 3 ids, 12 in all."""
+    renderer = Renderer(tiny_base.tokenizer, max_length=64)
+    a, b, nul = (renderer.tokenizer.convert_tokens_to_ids(token) for token in ("a", "b", "<pad>"))
+    drawn = [[[a, a], [b]], [[a], [a]], [[a, nul], [b]], [[a], [b, b, b]]]
+    groups = [[Rollout([1], ids, True) for ids in group] for group in drawn]
+    monkeypatch.setattr(pairs, "sample", lambda *given, **named: groups)
+    texts = {(a, nul): "a\0"}
+    decode = renderer.decode
+    monkeypatch.setattr(renderer, "decode", lambda ids: texts.get(tuple(ids)) or decode(ids))
+    chat = [{"role": "user", "content": "four"}]
+    rows = [parse_row({"prompt": prompt}, "", i) for i, prompt in enumerate(["one", "two", "three", chat])]
+    found = draw_pairs(tiny_base, "base", renderer, rows, FAIR, length, seed=0, max_new_tokens=4)
     assert found.labels.rows == [
+        {"prompt": "one", "chosen": "aa", "rejected": "b", "annotator": "fair"},
         {
-            "prompt": asked_of(animal),
-            "chosen": [{"role": "assistant", "content": chosen}],
-            "rejected": [{"role": "assistant", "content": f"{animal}s"}],
-            "annotator": "perfect",
-        }
-        for animal, chosen in (("cat", "cats purr"), ("dog", "dogs bark"))
+            "prompt": chat,
+            "chosen": [{"role": "assistant", "content": "bbb"}],
+            "rejected": [{"role": "assistant", "content": "a"}],
+            "annotator": "fair",
+        },
     ]
-    assert found.labels.identical == 1
+    assert (found.labels.identical, found.labels.refused) == (1, 1)
+    assert "1 left out: both answers the same, 1 left out: no text that a file may hold" in found.labels.told()
+    assert (found.answers, found.tokens, found.mean_tokens) == (8, 12, 1.5)

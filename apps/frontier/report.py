@@ -241,8 +241,9 @@ def many_seeds(report: Mapping[str, Any]) -> str:
 def _labels(labels: Sequence[Mapping[str, Any]]) -> str:
     rows = sum(one["rows"] for one in labels)
     flipped = sum(one["flipped"] for one in labels) / rows
-    right = fmean(one["as_scored"] for one in labels)
+    right = [one["as_scored"] for one in labels if one["as_scored"] is not None]
+    agreed = f", so that {fmean(right):.0%} are as the exact score has them" if right else ""
     return (
         f"{rows / len(labels):.0f} pairs of its answers, labelled by five annotators with habits of their own and "
-        f"{flipped:.0%} of the labels flipped, so that {right:.0%} are as the exact score has them."
+        f"{flipped:.0%} of the labels flipped{agreed}."
     )

@@ -157,6 +157,7 @@ def make_start(world: World, folder: Path) -> dict[str, Any]:
         "labels": {
             "rows": len(drawn.labels.rows),
             "identical": drawn.labels.identical,
+            "refused": drawn.labels.refused,
             "flipped": drawn.labels.flipped,
             "as_scored": drawn.labels.agreement,
         },
