@@ -35,8 +35,7 @@ def test_every_loss_has_its_line() -> None:
 
 def test_the_flags_that_it_names_exist() -> None:
     kinds = [*METHODS.values(), *COMMANDS.values(), *DATA_COMMANDS.values()]
-    known = {"--help", "--no-thinking"} | {
-        f"--{name.replace('_', '-')}" for kind in kinds for name in kind.model_fields
-    }
+    fields = {name.replace("_", "-") for kind in kinds for name in kind.model_fields}
+    known = {"--help"} | {f"--{no}{name}" for name in fields for no in ("", "no-")}
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z0-9-]*)", PAGE))
     assert named <= known, named - known
