@@ -4,9 +4,12 @@ A function is named `module:function` and called with (prompts, completions), li
 """
 
 import importlib
+import inspect
 import math
+import reprlib
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -58,6 +61,9 @@ def load_function(reward: str) -> RewardFunction:
         known = [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")]
         raise UserError(f"{reward}: module {module_name} has no function {name}{nearest(name, known)}")
 
+    if problem := _not_callable_so(function):
+        raise UserError(f"{reward}: {problem}")
+
     def checked(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         try:
             scores = _called(function, prompts, completions)
@@ -78,16 +84,40 @@ def load_function(reward: str) -> RewardFunction:
     return checked
 
 
-def _called(function: RewardFunction, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-    """The function's scores; UserError where it raises or gives another number of them."""
+def _not_callable_so(function: RewardFunction) -> str | None:
+    """What keeps a function from being called with (prompts, completions), by its signature."""
     try:
-        scores = [float(score) for score in function(list(prompts), list(completions))]
+        inspect.signature(function).bind([], [])
+    except TypeError as error:
+        return f"is called as function(prompts, completions), and that does not fit it: {error}"
+    except ValueError:  # a built-in one without a signature
+        pass
+    return None
+
+
+def _called(function: RewardFunction, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """The function's scores; UserError where it raises or returns anything but a number for each completion."""
+    try:
+        given = function(list(prompts), list(completions))
+        parts = list(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping) else None
     except Exception as error:  # whatever the user's function does
-        raise UserError(f"raised {type(error).__name__}: {error}") from error
+        raise UserError(f"raised {type(error).__name__}: {error}{_place(error)}") from error
+    try:
+        scores = [float(part) for part in parts]  # type: ignore[union-attr]
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of more than one number in it
+        raise UserError(
+            f"returned {reprlib.repr(parts or given)}, which is not a list with a number for each completion,"
+        ) from None
     if len(scores) != len(completions):
         plural = "" if len(completions) == 1 else "s"
         raise UserError(f"gave {len(scores)} scores for {len(completions)} completion{plural}")
     return scores
+
+
+def _place(error: Exception) -> str:
+    """` (file.py:12)`: where the user's code raised."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is ours
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
 
 def seen_prompt(row: Row) -> str:

@@ -427,8 +427,8 @@ def test_configuration_files(content: str, message: str, refused: Callable[..., 
 
 def test_no_such_command(refused: Callable[..., None]) -> None:
     known = (
-        "demo, sft, reward, dpo, ppo, presets, plan, audit, show, generate, chat, score, logps, export, studio, "
-        "doctor, data, runs"
+        "demo, sft, reward, dpo, kto, condition, coh, ppo, grpo, rloo, online-dpo, expert, quark, presets, plan, "
+        "audit, show, generate, chat, eval, score, logps, export, studio, frontier, rounds, doctor, data, runs"
     )
     refused(2, f"generat: no such command (did you mean generate?) (there are: {known})", "generat", "--model", "m")
     refused(2, "model: missing; give --model, --preset or a line in the --config file", "generate")
@@ -579,6 +579,8 @@ def test_shifted_without_a_shift(refused: Callable[..., None], tiny_llama: Path)
         ("def f(:", "{name}:f", "{name}:f: importing {name} failed: SyntaxError: invalid syntax ({name}.py, line 1)"),
         ("import no_such_module", "{name}:f", "{name}:f: its module imports no_such_module, which is not installed"),
         ("1 / 0", "{name}:f", "{name}:f: importing {name} failed: ZeroDivisionError: division by zero"),
+        ("def f(answer): ...", "{name}:f", "{name}:f: is called as function(prompts, completions), and that does not "
+            "fit it: too many positional arguments"),
     ],
 )  # fmt: skip
 def test_reward_functions(
@@ -594,8 +596,12 @@ def test_reward_functions(
 @pytest.mark.parametrize(
     ("body", "code", "message"),
     [
-        ("raise ValueError('too\\nlong')", 2, "raised ValueError: too long (first prompt: '"),
-        ("return [1.0]", 2, "gave 1 scores for 2 completions"),
+        ("raise ValueError('too\\nlong')", 2, "raised ValueError: too long ({name}.py:2) for the prompt '"),
+        ("return [1.0, 2.0, 3.0]", 2, "gave 3 scores for 1 completion for the prompt '"),
+        ("return [0.5] if len(completions) > 1 else [1.0]", 2, "gave 1 scores for 2 completions, though not for any"),
+        ("return None", 2, "returned None, which is not a list with a number for each completion, for the prompt '"),
+        ("return [None for _ in prompts]", 2, "returned [None], which is not a list"),
+        ("return '1' * len(prompts)", 2, "returned '1', which is not a list"),
         ("return [float('nan')] * len(completions)", 4, "gave nan for the prompt '"),
     ],
 )
@@ -608,7 +614,7 @@ def test_reward_functions_that_fail(
     argv = ("--model", tiny_llama, "--prompts", "pairs.jsonl", "--out", "new", "--max-new-tokens", 3, *FEW)
     outcome = command("ppo", *argv, "--reward", f"{name}:f")
     assert outcome.code == code
-    assert outcome.err.startswith(f"error: {name}:f: {message}")
+    assert outcome.err.startswith(f"error: {name}:f: {message.format(name=name)}")
     assert outcome.err.count("\n") == 1
     assert json.loads(Path("new/run.json").read_text())["state"] == "stopped"
 

@@ -131,17 +131,19 @@ def test_what_cannot_be_loaded(source: str | None, name: str, message: str, modu
 @pytest.mark.parametrize(
     ("body", "message", "exit_code"),
     [
-        ("raise KeyError('colour')", "raised KeyError: 'colour' for the prompt 'p1'", 2),
+        ("raise KeyError('colour')", "raised KeyError: 'colour' ({file}:2) for the prompt 'p1'", 2),
         ("return [1.0]", "gave 1 scores for 2 completions, though not for any alone (first prompt: 'p1')", 2),
         ("return [1.0] * (len(prompts) - ('p2' in prompts))", "gave 0 scores for 1 completion for the prompt 'p2'", 2),
         (
             "return [1 / (p != 'p2') for p in prompts]",
-            "raised ZeroDivisionError: division by zero for the prompt 'p2'",
+            "raised ZeroDivisionError: division by zero ({file}:2) for the prompt 'p2'",
             2,
         ),
-        ("return None", "raised TypeError: 'NoneType' object is not iterable", 2),
-        ("return [1.0, 'good']", "raised ValueError: could not convert string to float: 'good'", 2),
-        ("return [1.0, None]", "raised TypeError: float() argument must be", 2),
+        ("return None", "returned None, which is not a list with a number for each completion, for the prompt 'p1'", 2),
+        ("return [1.0, 'good']", "returned [1.0, 'good'], which is not a list with a number for each completion", 2),
+        ("return [1.0, None]", "returned [1.0, None], which is not a list with a number for each completion", 2),
+        ("return dict.fromkeys(prompts, 1.0)", "returned {{'p1': 1.0}}, which is not a list with a number", 2),
+        ("return map(float, completions)", "raised ValueError: could not convert string to float: 'c1' for the prompt 'p1'", 2),
         ("return [1.0, float('nan')]", "gave nan for the prompt 'p2'", 4),
         ("return [float('-inf'), 1.0]", "gave -inf for the prompt 'p1'", 4),
     ],
@@ -150,7 +152,7 @@ def test_what_goes_wrong_inside(body: str, message: str, exit_code: int, module:
     name = f"{module(function(body))}:score"
     with pytest.raises(UserError) as error:
         load_function(name)(["p1", "p2"], ["c1", "c2"])
-    assert str(error.value).startswith(f"{name}: {message}")
+    assert str(error.value).startswith(f"{name}: {message.format(file=name.split(':')[0] + '.py')}")
     assert "\n" not in str(error.value)
     assert error.value.exit_code == exit_code
     assert isinstance(error.value, NumericError) == (exit_code == 4)

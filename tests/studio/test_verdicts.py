@@ -30,6 +30,7 @@ def chat(studio: Any, monkeypatch: pytest.MonkeyPatch) -> Chat:
             thought="hm",
             ids=[5, 6],
             prompt_ids=[1],
+            prefix_tokens=0,
             finished=text != "three",
             stopped=False,
             error=None,
