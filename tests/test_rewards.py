@@ -143,7 +143,11 @@ def test_what_cannot_be_loaded(source: str | None, name: str, message: str, modu
         ("return [1.0, 'good']", "returned [1.0, 'good'], which is not a list with a number for each completion", 2),
         ("return [1.0, None]", "returned [1.0, None], which is not a list with a number for each completion", 2),
         ("return dict.fromkeys(prompts, 1.0)", "returned {{'p1': 1.0}}, which is not a list with a number", 2),
-        ("return map(float, completions)", "raised ValueError: could not convert string to float: 'c1' for the prompt 'p1'", 2),
+        (
+            "return map(float, completions)",
+            "raised ValueError: could not convert string to float: 'c1' for the prompt 'p1'",
+            2,
+        ),
         ("return [1.0, float('nan')]", "gave nan for the prompt 'p2'", 4),
         ("return [float('-inf'), 1.0]", "gave -inf for the prompt 'p1'", 4),
     ],
