@@ -52,7 +52,8 @@ def locate(start_from: str | Path, kind: Kind | None = None) -> Path:
     given = Path(start_from).expanduser()
     folder = given / "adapter" if (given / "adapter" / CONFIG).is_file() else given
     if not folder.is_dir():
-        raise UserError(f"{start_from}: no such run or adapter folder")
+        beside = [path.name for path in given.parent.iterdir() if path.is_dir()] if given.parent.is_dir() else []
+        raise UserError(f"{start_from}: no such run or adapter folder{nearest(given.name, beside)}")
     if not (folder / CONFIG).is_file():
         unfinished = " (an unfinished run? --resume it first)" if (given / "checkpoints").is_dir() else ""
         raise UserError(f"{start_from}: holds no {CONFIG}; give a run's folder or a PEFT adapter folder{unfinished}")

@@ -87,6 +87,12 @@ def command_names() -> tuple[str, ...]:
     return ("demo", *METHODS, *OTHER_COMMANDS, "data", "runs")
 
 
+def _instead(flag: str, known: Sequence[str]) -> str:
+    """What was meant: rows are --data for some methods and --prompts for the others."""
+    rows = {"--data": "--prompts", "--prompts": "--data"}.get(flag)
+    return f" (here it is {rows})" if rows in known else nearest(flag, known)
+
+
 class Parser(argparse.ArgumentParser):
     """One line for a mistake, with the nearest flag. No abbreviations: a new knob would change what they mean."""
 
@@ -98,7 +104,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
             known = re.findall(r"--[\w-]+", self.format_usage())
-            named = ", ".join(f"{flag}: no such flag{nearest(flag, known)}" for flag in flags)
+            named = ", ".join(f"{flag}: no such flag{_instead(flag, known)}" for flag in flags)
             self.error(named or f"{unknown[0]}: unexpected; every value needs its flag")
         return found, unknown
 

@@ -116,7 +116,9 @@ class Loop:
             try:
                 figures = self._step(step)
             except UserError as error:
-                raise self._as_saved(error, 0 if self.moved else step - 1) from error
+                if self.moved:
+                    raise
+                raise self._as_saved(error, step - 1) from error
             latest_evaluation |= self._look(step, figures)
             stopping_early = self._stops_early(step)
             if last or stopping_early or self.stop.asked or step % s.save_steps == 0:
@@ -344,9 +346,9 @@ class Loop:
         checkpoint.save(self.run_folder.checkpoints, step, state, self.settings.keep_checkpoints)
 
     def _as_saved(self, error: UserError, step: int) -> UserError:
-        """The error of, say, a reward function, said after saving the whole step before it; 0: there is none."""
+        """The error of, say, a reward function, said after saving the whole steps before it."""
         if step == 0:
-            return error
+            return type(error)(f"{error}; the same command with --resume begins again")
         if not (self.run_folder.checkpoints / f"step-{step}").exists():
             self._save(step)
         return type(error)(

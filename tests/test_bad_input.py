@@ -192,7 +192,7 @@ ROWS: dict[str, tuple[str, bytes, str]] = {
         "sft",
         lines(PAIR),
         f"rows.jsonl:1: row: is of shape pair (fields: prompt, chosen, rejected), {NEEDS_DEMONSTRATION}; "
-        "`lowrank-align data convert FILE --to demonstrations --out OUT.jsonl` makes them",
+        "`lowrank-align data convert rows.jsonl --to demonstrations --out OUT.jsonl` makes them",
     ),
     "a demonstration for dpo": (
         "dpo",
@@ -423,6 +423,11 @@ def test_configuration_files(content: str, message: str, refused: Callable[..., 
     Path("c.yaml").write_text(content)
     argv = ("--model", tiny_llama, "--data", "pairs.jsonl", "--out", "new", "--quantize", "none")
     refused(2, message, "dpo", "--config", "c.yaml", *argv)
+
+
+def test_rows_by_their_other_name(refused: Callable[..., None]) -> None:
+    refused(2, "--data: no such flag (here it is --prompts)", "grpo", "--model", "m", "--data", "d")
+    refused(2, "--prompts: no such flag (here it is --data)", "dpo", "--model", "m", "--prompts", "d")
 
 
 def test_no_such_command(refused: Callable[..., None]) -> None:

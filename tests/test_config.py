@@ -138,10 +138,15 @@ def test_defaults_are_valid(method: str) -> None:
             {"ranking": "plackett_luce", "loss_weights": [5.0]},
             "loss_weights and ranking: plackett_luce exclude each other",
         ),
-        (DPOSettings, {"loss_weights": ["inf"]}, "loss_weights.0: input should be a finite number (got 'inf')"),
-        (PPOSettings, {**ONLINE, "reward_weights": ["nan"]}, "reward_weights.0: input should be a finite number"),
+        (DPOSettings, {"loss_weights": ["inf"]}, "loss_weights: input should be a finite number (got 'inf')"),
+        (PPOSettings, {**ONLINE, "reward_weights": ["nan"]}, "reward_weights: input should be a finite number"),
         (PPOSettings, {**ONLINE, "batch_size": 1}, "minibatches: 2 of batch_size 1 prompts; at most one each"),
         (GRPOSettings, {**ONLINE, "minibatches": 9}, "minibatches: 9 of batch_size 8 prompts; at most one each"),
+        (
+            GRPOSettings,
+            {**ONLINE, "clip_range_high": 0.1},
+            "clip_range_high: 0.1 is below clip_range 0.2; it must be at least as much (DAPO: 0.28 above, 0.2 below)",
+        ),
         (RLOOSettings, {**ONLINE, "minibatches": 9}, "minibatches: 9 of batch_size 8 prompts; at most one each"),
         (KTOSettings, {"batch_size": 1}, "batch_size: 1, must be at least 2: KTO's z0 pairs each prompt with"),
         (

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank_align.methods.kto import mismatch
+from lowrank_align.config import KTOSettings
+from lowrank_align.methods.kto import imbalance, mismatch
 from lowrank_align.methods.method import Metrics
 from lowrank_align.trees import Completion, TreeRow
 
@@ -102,6 +103,23 @@ def test_pieces_of_a_batch(make_method: Callable[..., Any], tiny_base: Any) -> N
         assert figures == pytest.approx(results[0][1], rel=1e-3)
         for one, other in zip(results[0][2], gradients, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "weights", "line"),
+    [
+        (6, 4, (1, 1), None),  # 1.5
+        (8, 2, (1, 1), "8 good rows and 2 bad ones do not weigh alike; --undesirable-weight 4 would make them"),
+        (8, 2, (1, 4), None),
+        (2, 8, (1, 0.5), "2 good rows and 8 bad ones do not weigh alike; --desirable-weight 2 would make them"),
+        (8, 2, (1, 0), None),  # on purpose
+        (3, 0, (1, 1), "all 3 rows are good: nothing holds against it; rows of both kinds teach what differs"),
+    ],
+)
+def test_uneven_labels(good: int, bad: int, weights: tuple[float, float], line: str | None) -> None:
+    rows = [TreeRow([1], [Completion([2], [True])], label=label) for label in [True] * good + [False] * bad]
+    knobs = {"desirable_weight": weights[0], "undesirable_weight": weights[1]}
+    assert imbalance(rows, KTOSettings(model="m", data="d", out="o", **knobs)) == line
 
 
 def test_the_first_loss_and_what_is_learnt(run: Callable[..., Path]) -> None:

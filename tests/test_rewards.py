@@ -315,3 +315,15 @@ def test_where_no_kl_is_measured_a_line_says_so(
     small = {"max_new_tokens": 3, "batch_size": 1, "group_size": 2, "max_steps": 2, **knobs}
     run(method, [{"prompt": "Say: "}], "run", reward=name, **small)
     assert capsys.readouterr().out.count("no KL is measured, so nothing watches for an exploited reward") == 1
+
+
+def test_where_no_group_has_variance_a_line_says_so(
+    module: Callable[[str], str], run: Callable[..., Path], capsys: Any
+) -> None:
+    """Once; `frac_reward_zero_std` counts on."""
+    name = f"{module(function('return [1.0 for _ in prompts]'))}:score"
+    small = {"max_new_tokens": 3, "batch_size": 1, "group_size": 2, "max_steps": 2, "missing_eos_penalty": 0.0}
+    folder = run("grpo", [{"prompt": "Say: "}], "run", reward=name, **small)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["frac_reward_zero_std"] for line in lines] == [1, 1]
+    assert capsys.readouterr().out.count("the answers of every prompt had equal scores") == 1

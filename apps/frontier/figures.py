@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 DPI = 110
 MARKERS = "osD^v<>phX*P"
 NAMES = [entry.name for entry in ENTRIES]
+NATS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # where an axis of KL has ticks, as far as they have room
 BEST_OF_STYLE: dict[str, Any] = {"color": "black", "marker": "x", "linestyle": ":"}
 
 
@@ -171,7 +172,10 @@ def _nats(axes: "Axes") -> None:
     """A root's scale: most of what happens does so within a few nats, and some methods go very far."""
     most = float(axes.dataLim.x1)
     axes.set_xscale("function", functions=(lambda x: x.clip(0) ** 0.5, lambda x: x**2))
-    ticks = [t for t in (0, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if t <= max(most, 1) * 1.2]
+    ticks = [0.0]
+    for tick in NATS:
+        if tick <= max(most, 1) * 1.2 and tick**0.5 - ticks[-1] ** 0.5 > 0.06 * max(most, 1) ** 0.5:
+            ticks.append(tick)
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.set_xlim(0, max(most, 1) * 1.15)
     axes.set_xlabel("KL to the SFT policy (nats an answer)")

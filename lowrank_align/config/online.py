@@ -146,6 +146,15 @@ class GRPOSettings(OnlineSettings):
     clip_range_high: Rate | None = None
     """And to 1 + this above (DAPO's clip-higher: 0.28); without it, the same as below."""
 
+    @model_validator(mode="after")
+    def _clips_higher(self) -> "GRPOSettings":
+        if self.clip_range_high is not None and self.clip_range_high < self.clip_range:
+            raise ValueError(
+                f"clip_range_high: {self.clip_range_high:g} is below clip_range {self.clip_range:g}; it must be at"
+                " least as much (DAPO: 0.28 above, 0.2 below)"
+            )
+        return self
+
     @property
     def needs_reference(self) -> bool:
         return self.beta > 0

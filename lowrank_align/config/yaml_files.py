@@ -62,7 +62,7 @@ def first_problem(error: ValidationError) -> tuple[str, str]:
     """Where the first thing is that pydantic refuses (`methods.sft`), and what is wrong with it."""
     first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")
-    place = ".".join(str(part) for part in first["loc"])
+    place = ".".join(str(part) for part in first["loc"] if isinstance(part, str))  # which of a list's items: see got
     got = "" if first["type"] in ("missing", "value_error") or not place else f" (got {_short.repr(first['input'])})"
     close = ""
     if first["type"] == "literal_error" and isinstance(first["input"], str):

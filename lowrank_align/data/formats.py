@@ -58,31 +58,33 @@ class Row:
     extra: dict[str, Any] = field(default_factory=dict, compare=False)  # columns that no shape reads: source, tags, ...
 
 
-def parse_row(raw: Any, where: str, index: int, *, expect: Collection[Shape] = (), segments: bool = False) -> Row:
+def parse_row(
+    raw: Any, where: str, index: int, *, expect: Collection[Shape] = (), segments: bool = False, source: str = "FILE"
+) -> Row:
     """The row that `raw` (one JSON object) holds.
 
     `expect` names the shapes that are wanted: another shape is an error, a row with the fields of several is read as
     the wanted one, and where only prompts are wanted every row that has a prompt gives it. With `segments` the two
-    conversations of a pair may start differently: the prompt is then empty. Raises `UserError` with `where`, the field
-    and what is wrong with it.
+    conversations of a pair may start differently: the prompt is then empty. `source` is what `data convert` can be
+    given for such rows. Raises `UserError` with `where`, the field and what is wrong with it.
     """
     try:
         if not isinstance(raw, dict):
             raise FieldError("row", f"{kind_of(raw)}, must be an object with fields")
-        row = _parse_columns(to_columns(raw), frozenset(expect), segments)
+        row = _parse_columns(to_columns(raw), frozenset(expect), segments, source)
     except FieldError as error:
         raise UserError(f"{where}: {error}") from None
     return replace(row, where=where, index=index, finished=raw.get("finished") is not False)
 
 
-def _parse_columns(columns: Columns, expect: frozenset[Shape], segments: bool) -> Row:
+def _parse_columns(columns: Columns, expect: frozenset[Shape], segments: bool, source: str) -> Row:
     fields = Fields(columns)
     only_prompt = expect == {Shape.prompts}
     shape = recognise(fields, expect)
     if expect and not only_prompt and shape not in expect:
         wanted = " or ".join(f"{name} ({SHAPE_FIELDS[name]})" for name in Shape if name in expect)
         has = f"is of shape {shape} (fields: {fields.listed()}){fields.misspelt()}"
-        raise FieldError("row", f"{has}, needed: {wanted}{convert_line(shape, expect)}")
+        raise FieldError("row", f"{has}, needed: {wanted}{convert_line(shape, expect, source)}")
     if only_prompt and shape is Shape.demonstration and "messages" in fields.values:
         row = Row(Shape.prompts, _before_last_answer(fields), [])
     elif shape is Shape.prompts:

@@ -42,7 +42,9 @@ def load_rows(
         try:
             if record.error:
                 raise UserError(record.error)
-            rows.append(parse_row(record.value, record.where, index, expect=expect, segments=segments))
+            rows.append(
+                parse_row(record.value, record.where, index, expect=expect, segments=segments, source=str(source))
+            )
         except UserError as error:
             bad.add(record.where, str(error), record.text)
     skipped = bad.settle(len(rows))

@@ -1,5 +1,6 @@
 """The shapes of rows, and which of them a row has by its fields."""
 
+import shlex
 from collections.abc import Set
 from enum import StrEnum, auto
 from typing import Any
@@ -47,12 +48,12 @@ _KNOWN_FIELDS = sorted(
 )
 
 
-def convert_line(shape: Shape, expect: Set[Shape]) -> str:
-    """The command that makes rows of a wanted shape out of rows of `shape`; nothing where none does."""
+def convert_line(shape: Shape, expect: Set[Shape], source: str) -> str:
+    """The command that makes rows of a wanted shape out of a source of rows of `shape`; nothing where none does."""
     targets = [TARGETS[wanted] for wanted in Shape if wanted in expect and wanted in TARGETS]
     for target in targets:
         if target in CONVERTIBLE.get(shape, ()):
-            return f"; `lowrank-align data convert FILE --to {target} --out OUT.jsonl` makes them"
+            return f"; `lowrank-align data convert {shlex.quote(source)} --to {target} --out OUT.jsonl` makes them"
     return ""
 
 

@@ -14,6 +14,8 @@ from lowrank_align.methods.method import Method, Metrics, Retry, assert_policy_i
 from lowrank_align.objectives.unpaired import kto, reference_point
 from lowrank_align.trees import Completion, TreeRow
 
+UNEVEN = 1.5  # beyond this ratio a line says so; the paper takes good over bad between 1 and 4/3
+
 
 class KTO(Method[KTOSettings, TreeRow]):
     # ---- data
@@ -105,6 +107,26 @@ class KTO(Method[KTOSettings, TreeRow]):
 
     def check_start(self, rows: Sequence[TreeRow]) -> None:
         assert_policy_is_reference(self.base, rows)
+        if line := imbalance(rows, self.settings):
+            self.tell(line)
+
+
+def imbalance(rows: Sequence[TreeRow], settings: KTOSettings) -> str | None:
+    """A line where weight x number of the good rows is far from that of the bad ones (section 4.2 of the paper)."""
+    good = sum(bool(row.label) for row in rows)
+    bad = len(rows) - good
+    if not (good and bad):
+        only = "good" if good else "bad"
+        return f"all {len(rows)} rows are {only}: nothing holds against it; rows of both kinds teach what differs"
+    weights = settings.desirable_weight * good, settings.undesirable_weight * bad
+    if min(weights) == 0 or max(weights) / min(weights) <= UNEVEN:
+        return None
+    name, even = (
+        ("--undesirable-weight", weights[0] / bad)
+        if weights[0] > weights[1]
+        else ("--desirable-weight", weights[1] / good)
+    )
+    return f"{good} good rows and {bad} bad ones do not weigh alike; {name} {even:.3g} would make them"
 
 
 def mismatch(rows: Sequence[TreeRow], max_length: int) -> list[TreeRow]:

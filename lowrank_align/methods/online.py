@@ -55,7 +55,7 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
         self.measured: dict[str, float] = {}
         self.group_size: int = getattr(settings, "group_size", 1)  # answers a prompt
         self.watch_for_hacking = HackingWatch()
-        self.said_unwatched = False
+        self.said_unwatched = self.said_equal = False
 
     def add_roles(self) -> None:
         self.policy_from_settings()
@@ -151,6 +151,12 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
         if not self.settings.needs_reference and not self.said_unwatched:
             self.tell("no KL is measured, so nothing watches for an exploited reward: read samples.jsonl")
             self.said_unwatched = True
+        if figures.get("frac_reward_zero_std") == 1 and not self.said_equal:
+            self.tell(
+                "in this step the answers of every prompt had equal scores: nothing in them says what is better; if it"
+                " goes on, look at the reward, or raise --temperature or --group-size"
+            )
+            self.said_equal = True
         if kl is None:
             return {}
         began = self.watch_for_hacking.add(figures["objective/scores"], kl, figures["completions/mean_length"])

@@ -222,7 +222,8 @@ def test_a_bad_row_is_one_line_with_place_and_field(raw: Any, message: str) -> N
          "demonstrations --out OUT.jsonl` makes them"),
         ({"prompt": "Q", "completion": "A", "score": 1}, [Shape.pair, Shape.ranking],
          "row: is of shape scored (fields: prompt, completion, score), needed: pair (prompt, chosen, rejected) or "
-         "ranking (prompt, completions, ranks); `lowrank-align data convert FILE --to pairs --out OUT.jsonl` makes them"),
+         "ranking (prompt, completions, ranks); `lowrank-align data convert FILE --to pairs --out OUT.jsonl` makes "
+         "them"),
         ({"prompt": "Q", "completoin": "A"}, [Shape.demonstration],
          "row: is of shape prompts (fields: prompt, completoin) (did you mean completion?), needed: demonstration "
          "(messages, or prompt and completion, or text)"),
