@@ -81,7 +81,12 @@ def test_two_voices_before_three_judges(measure: Callable[..., Any]) -> None:
     assert (report["kl"]["to"], report["kl"]["kl"]["answers"]) == ("base", 4)
     assert "trained/sft against base, on 4 prompts" in out
     assert "report: answers.jsonl, answers_length.png, report.json, report.md, wins.png\n" in out
-    assert "| evaljudges:level | 0 | 4 | 0 | 50.0 % " in Path("report/report.md").read_text()
+    table = Path("report/report.md").read_text()
+    assert "| judge | trained/reward | evaljudges:longer | evaljudges:level |\n" in table
+    cells = [
+        line.split(" | ")[-1] for line in table.splitlines() if line.startswith(("| won |", "| tied |", "| lost |"))
+    ]
+    assert cells == ["0 |", "4 |", "0 |"]
 
 
 def test_the_same_answers_whatever_is_asked_beside(measure: Callable[..., Any]) -> None:

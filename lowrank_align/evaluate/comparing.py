@@ -19,10 +19,9 @@ from lowrank_align.evaluate.outcomes import (
 )
 from lowrank_align.evaluate.policy import k1
 from lowrank_align.evaluate.report import (
-    COMPARISON_COLUMNS,
     Report,
     Table,
-    comparison_row,
+    comparison_table,
     figure,
     listed,
     many,
@@ -125,17 +124,16 @@ def report_comparison(
         for name in our_scores
     }
     same = sum(_say_the_same(ours, theirs))
-    rows = [comparison_row(name, comparison) for name, comparison in found.items()]
-    table = Table(
+    longer = "longer" if sum(lengths) > 0 else "shorter"
+    table = comparison_table(
         f"{ours.name} against {theirs.name}, on {many(len(asked), 'prompt')}",
-        COMPARISON_COLUMNS,
-        rows,
-        (
-            f"won: the judge finds {ours.name}'s answer better; a tie counts half in the win rate; 95 % intervals",
-            "at equal length: the win rate that is left when a logistic regression has taken the effect of length out",
-            *["an address is asked in both orders: what both agree on is won or lost, else a tie"] * bool(asked_judges),
-            *[f"{many(same, 'answer is', 'answers are')} the same on both sides"] * bool(same),
-        ),
+        found,
+        f"won: the judge finds {ours.name}'s answer better; a tie counts half in the win rate; 95 % intervals",
+        "at equal length: the win rate that is left when a logistic regression has taken the effect of length out",
+        *[f"{ours.name}'s answers are nearly always {longer}: what they would win at equal length is extrapolated"]
+        * any(one.length_controlled.extrapolated for one in found.values() if one.length_controlled),
+        *["an address is asked in both orders: what both agree on is won or lost, else a tie"] * bool(asked_judges),
+        *[f"{many(same, 'answer is', 'answers are')} the same on both sides"] * bool(same),
     )
     tables = [table]
     if differences:

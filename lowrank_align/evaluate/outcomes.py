@@ -18,6 +18,9 @@ _RIDGE = 0.01  # keeps the fit finite where every comparison was won; moves a sh
 _NEWTON_STEPS = 50
 
 
+SEEN = 0.05  # with less than this share of lengths on one side, equal length was hardly seen
+
+
 class Interval(NamedTuple):
     """A figure with its 95 % interval; NaN where there is nothing to measure."""
 
@@ -31,6 +34,7 @@ class LengthControlled(NamedTuple):
 
     rate: Interval
     length_weight: float  # log odds that a much longer answer has over one of equal length
+    extrapolated: bool  # one side is nearly always the longer one
 
 
 class Comparison(NamedTuple):
@@ -76,7 +80,8 @@ def length_controlled(
     counts = np.random.default_rng(seed).multinomial(len(y), np.full(len(y), 1 / len(y)), size=resamples)
     low, high = np.quantile(_sigmoid(_logistic(x, y, counts)[:, 0]), [0.025, 0.975])
     rate = float(_sigmoid(np.array(constant)))
-    return LengthControlled(Interval(rate, min(float(low), rate), max(float(high), rate)), weight)
+    rarer = min((x >= 0).mean(), (x <= 0).mean())
+    return LengthControlled(Interval(rate, min(float(low), rate), max(float(high), rate)), weight, bool(rarer < SEEN))
 
 
 def mean_interval(values: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> Interval:

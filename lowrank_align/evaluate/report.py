@@ -139,8 +139,17 @@ def agreed(found: Agreement) -> str:
     )
 
 
-def comparison_row(judge: str, found: Comparison) -> tuple[str, ...]:
-    """Judge, won, tied, lost, win rate, delta, length-controlled, undecided."""
+def comparison_table(title: str, by_judge: Mapping[str, Comparison], *notes: str) -> Table:
+    """A column a judge, which fits a narrow terminal."""
+    columns = [_comparison_cells(found) for found in by_judge.values()]
+    return Table(title, ("judge", *by_judge), list(zip(COMPARISON_ROWS, *columns, strict=True)), notes)
+
+
+COMPARISON_ROWS = ("won", "tied", "lost", "win rate", "won - lost, points", "at equal length", "undecided")
+
+
+def _comparison_cells(found: Comparison) -> tuple[str, ...]:
+    """What stands beside `COMPARISON_ROWS`."""
     rate, controlled = found.win_rate, found.length_controlled
     delta = (
         "-"
@@ -148,7 +157,6 @@ def comparison_row(judge: str, found: Comparison) -> tuple[str, ...]:
         else f"{100 * found.delta.value:+.0f} ({100 * found.delta.low:+.0f} to {100 * found.delta.high:+.0f})"
     )
     return (
-        judge,
         str(rate.wins),
         str(rate.ties),
         str(rate.losses),
@@ -157,9 +165,6 @@ def comparison_row(judge: str, found: Comparison) -> tuple[str, ...]:
         "-" if controlled is None else f"{percent(controlled.rate.value)} {between(*controlled.rate[1:])}",
         str(found.undecided),
     )
-
-
-COMPARISON_COLUMNS = ("judge", "won", "tied", "lost", "win rate", "won - lost, points", "at equal length", "undecided")
 
 
 def _cell(text: str) -> str:

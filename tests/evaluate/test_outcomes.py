@@ -66,6 +66,17 @@ def test_winning_all_stays_finite() -> None:
     assert math.isfinite(found.length_weight)
 
 
+@pytest.mark.parametrize(
+    ("differences", "extrapolated"),
+    [([9] * 40, True), ([9] * 39 + [-1], True), ([9] * 38 + [0, -1], False), ([0] * 40, False), ([-9] * 40, True)],
+)
+def test_where_one_side_is_always_longer_equal_length_is_extrapolated(
+    differences: list[int], extrapolated: bool
+) -> None:
+    """1 of 40 is less than a twentieth, 2 of 40 are not."""
+    assert length_controlled([1.0, 0.0] * 20, differences).extrapolated is extrapolated
+
+
 def test_the_interval_of_a_mean() -> None:
     """Half zeros and half twos: mean 1. Means of 400 such draws have the standard deviation 1 / sqrt(400) = 0.05, so
     the middle 95 % is 1 +- 0.098. One value everywhere leaves no width."""
