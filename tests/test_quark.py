@@ -54,7 +54,8 @@ def test_prompts_are_asked_with_the_best_text(make_method: Callable[..., Any], r
 
 
 def test_the_pool_and_its_texts(make_method: Callable[..., Any], reward: str) -> None:
-    """The first answers are drawn without a text, the second behind the best one's; the third step drops the first's.
+    """Until the pool is full answers are drawn without a text, then behind the best one's; the third step drops the
+    first's.
 
     Every answer stands behind its quantile's text, and in the reference's row behind the prompt alone.
     """
@@ -81,7 +82,7 @@ def test_the_pool_and_its_texts(make_method: Callable[..., Any], reward: str) ->
             )
     assert sizes == [4, 8, 8] and [one.step for one in method.pool] == [2] * 4 + [3] * 4
     plain = [encode(row["prompt"]) for row in PROMPTS]
-    assert drawn == [plain, *[[ids + tokens(method, "3/3 ") for ids in plain]] * 2]
+    assert drawn == [plain, plain, [ids + tokens(method, "3/3 ") for ids in plain]]
 
 
 def test_the_loss_by_hand(make_method: Callable[..., Any], reward: str, tiny_base: Any) -> None:

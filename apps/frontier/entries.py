@@ -48,10 +48,10 @@ ON_PPO = SAMPLED | {"batch_size": 64, "minibatches": 2, "ppo_epochs": 2}
 
 ENTRIES: tuple[Entry, ...] = (
     Entry("preferred_ft", "Preferred-FT", "dpo", 5e-4, {"loss": ["nll"]}, PAIRED, watched=True, warm=True, quick=True),
-    Entry("unlikelihood", "unlikelihood", "dpo", 3e-4, {"loss": ["unlikelihood"]}, PAIRED),
-    Entry("token_unlikelihood", "unlikelihood, per token", "dpo", 3e-4, {"loss": ["token_unlikelihood"]}, PAIRED),
-    Entry("dpo", "DPO", "dpo", 1e-3, {}, PAIRED, "beta", (1.0, 0.3, 0.1, 0.05), 1, watched=True, warm=True, quick=True),
-    Entry("cpl", "CPL", "dpo", 1e-3, {"loss": ["cpl"]}, PAIRED, "cpl_alpha", (0.3, 0.1, 0.03), 1),
+    Entry("unlikelihood", "unlikelihood", "dpo", 1e-4, {"loss": ["unlikelihood"]}, PAIRED),
+    Entry("token_unlikelihood", "unlikelihood, per token", "dpo", 3e-5, {"loss": ["token_unlikelihood"]}, PAIRED),
+    Entry("dpo", "DPO", "dpo", 3e-4, {}, PAIRED, "beta", (1.0, 0.3, 0.1, 0.05), 1, watched=True, warm=True, quick=True),
+    Entry("cpl", "CPL", "dpo", 3e-4, {"loss": ["cpl"]}, PAIRED, "cpl_alpha", (0.3, 0.1, 0.03, 0.01), 2),
     Entry("condition", "conditioning", "condition", 1e-3, {}, PAIRED),
     Entry("coh", "CoH", "coh", 1e-3, {}, PAIRED),
     Entry("ppo", "PPO, learned reward", "ppo", 1e-3, {}, ON_PPO, "kl_coefficient", (0.3, 0.1, 0.03), 1,
@@ -62,9 +62,9 @@ ENTRIES: tuple[Entry, ...] = (
           reward="learned", watched=True, warm=True),
     Entry("expert", "expert iteration", "expert", 1e-3, {}, SAMPLED | {"batch_size": 16, "group_size": 8},
           reward="learned", watched=True, warm=True),
-    Entry("quark", "Quark", "quark", 1e-3, {}, SAMPLED | {"batch_size": 16}, "beta", (0.3, 0.05), 1, reward="learned"),
+    Entry("quark", "Quark", "quark", 1e-3, {}, SAMPLED | {"batch_size": 32}, "beta", (0.3, 0.05), 1, reward="learned"),
     # over-optimisation: on and on, with little to hold the policy back
-    Entry("dpo_on", "DPO, small beta", "dpo", 1e-3, {"beta": 0.03}, PAIRED, watched=True, further=FURTHER,
+    Entry("dpo_on", "DPO, small beta", "dpo", 3e-4, {"beta": 0.03}, PAIRED, watched=True, further=FURTHER,
           rate_of="dpo", quick=True),
     Entry("ppo_on", "PPO, small KL price", "ppo", 1e-3, {"kl_coefficient": 0.003}, ON_PPO, reward="learned",
           watched=True, further=FURTHER, rate_of="ppo", quick=True),

@@ -6,8 +6,9 @@ through it once, in as many updates as the pool has steps:
     -log pi(y_t | x, text_k, y_<t) + beta KL( ref(. | x, y_<t) || pi(. | x, text_k, y_<t) )
 
 The KL is exact over the vocabulary at every token, from the reference to the policy as in the paper; the reference is
-asked without the text (of a run that goes on, behind that adapter's own). The first answers are drawn as the reference
-would, for the texts mean nothing yet. The texts are plain, not new tokens: a frozen base learns none.
+asked without the text (of a run that goes on, behind that adapter's own). Until the pool is full answers are drawn
+without a text: behind one that means nothing yet they are far from the reference, and learned all the same.
+The texts are plain, not new tokens: a frozen base learns none.
 Left out: a pool without end (the last `pool_steps` steps stay), drawing the same number from every quantile, the
 entropy bonus of the authors' code.
 """
@@ -84,7 +85,8 @@ class Quark(OnlineMethod[QuarkSettings, Sorted]):
     def round(self, rows: Sequence[TreeRow], step: int, retry: Retry) -> Iterator[Sequence[Sorted]]:
         """New answers into the pool, old ones out, all of them sorted anew; then the pool once, in minibatches."""
         s = self.settings
-        drawn = [replace(row, prompt_ids=self._plain(row)) for row in rows] if not self.pool else list(rows)
+        filling = step <= s.pool_steps + 1  # until then the texts mean too little to be asked with
+        drawn = [replace(row, prompt_ids=self._plain(row)) for row in rows] if filling else list(rows)
         groups = self.roll_out(drawn, step, retry)
         self._add(rows, groups, step, retry)
         release_unused()
