@@ -90,6 +90,15 @@ def ask_judges(
     return found
 
 
+def tied_where_alike(
+    ours: Side, theirs: Side, our_scores: Sequence[float], their_scores: Sequence[float]
+) -> list[float]:
+    """Their scores (N,), with ours for answers of the same tokens: a tie, though each side was scored in its own
+    batches, whose rounding differs. The same text with and without an end token is two answers to a reward run."""
+    alike = (a.completions[0].ids == b.completions[0].ids for a, b in zip(ours.trees, theirs.trees, strict=True))
+    return [a if one else b for a, b, one in zip(our_scores, their_scores, alike, strict=True)]
+
+
 def _say_the_same(ours: Side, theirs: Side) -> list[bool]:
     """By prompt, whether both answers are the same text."""
     return [a == b for a, b in zip(ours.texts, theirs.texts, strict=True)]
@@ -105,15 +114,9 @@ def report_comparison(
     asked_judges: Mapping[str, list[Outcome]],
     seed: int,
 ) -> dict[str, Comparison]:
-    """Win rates by every judge, and differences of scores, into the report; the comparisons by judge.
-
-    Answers of the same tokens are a tie of equal scores: each side is scored in its own batches, whose rounding
-    differs. The same text with and without an end token is two answers to a reward run.
-    """
-    alike = [a.completions[0].ids == b.completions[0].ids for a, b in zip(ours.trees, theirs.trees, strict=True)]
+    """Win rates by every judge, and differences of scores, into the report; the comparisons by judge."""
     their_scores = {
-        name: [a if one else b for a, b, one in zip(found, their_scores[name], alike, strict=True)]
-        for name, found in our_scores.items()
+        name: tied_where_alike(ours, theirs, found, their_scores[name]) for name, found in our_scores.items()
     }
     by_judge = {name: outcomes_of_scores(found, their_scores[name]) for name, found in our_scores.items()}
     by_judge |= asked_judges

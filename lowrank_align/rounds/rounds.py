@@ -15,7 +15,7 @@ from lowrank_align.data.formats import Row, Shape
 from lowrank_align.data.load import load_rows, split_off
 from lowrank_align.errors import UserError, nearest
 from lowrank_align.evaluate.answers import Asked, Side, draw
-from lowrank_align.evaluate.comparing import kl
+from lowrank_align.evaluate.comparing import kl, tied_where_alike
 from lowrank_align.evaluate.win_rate import win_rate
 from lowrank_align.methods import method_class
 from lowrank_align.rewards import Rewards, load_function, seen_prompt
@@ -139,6 +139,7 @@ class Rounds:
             found = kl(self.base, "after", old[0], self.held_out, new_side[1], prefix, BATCH).nats.value
             if judge is not None:
                 ours, theirs = self._worth(folder, new_side[1]), self._worth(folder, old[1])
+                theirs = tied_where_alike(new_side[1], old[1], ours, theirs)
                 wins = win_rate(ours, theirs).rate
                 return RoundResult(
                     number, len(new), trained_on, collected["as_scored"], accuracy, judge,
