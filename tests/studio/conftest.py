@@ -1,6 +1,7 @@
 """A studio on the small random base, with a store and a runs folder of the test's own."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,3 +24,24 @@ def studio(tiny_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     made.close()
     for name in [name for name in tiny_base.roles if name != "base"]:
         tiny_base.remove_role(name)
+
+
+@pytest.fixture
+def free_the_base(studio: Any) -> Iterator[Callable[[], None]]:
+    """The base is taken, so that nothing is drawn, until this is called."""
+    taken, gate = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        taken.set()
+        gate.wait()
+
+    holding = threading.Thread(target=lambda: studio.speaker.call(hold))
+    holding.start()
+    assert taken.wait(60)
+
+    def give_back() -> None:
+        gate.set()
+        holding.join()
+
+    yield give_back
+    give_back()

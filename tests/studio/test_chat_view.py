@@ -1,7 +1,7 @@
 """What the page shows of a chat: its lines, its words, and that text stays text."""
 
 import math
-import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -62,16 +62,12 @@ def test_a_question_without_an_answer_says_what_to_do(chat: Chat) -> None:
     assert chat_view.standing(chat) == "too long"
 
 
-def test_what_is_on_its_way_is_shown_as_far_as_it_came(chat: Chat, studio: Any) -> None:
+def test_what_is_on_its_way_is_shown_as_far_as_it_came(chat: Chat, free_the_base: Callable[[], None]) -> None:
     chat._set(Talk())
-    gate = threading.Event()
-    holding = threading.Thread(target=lambda: studio.speaker.call(gate.wait))
-    holding.start()
     chat.send("A?", Wish(Source("base", max_new_tokens=4)))
     assert [line.text for line in chat_view.lines(chat)] == ["A?", "…"]
     assert chat_view.standing(chat) == "base: waiting for the model"
-    gate.set()
-    holding.join()
+    free_the_base()
     assert chat.wait(60)
     assert chat_view.lines(chat)[-1].id == chat.talk.exchanges[0].responses[0].id
 

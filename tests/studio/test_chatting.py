@@ -98,36 +98,28 @@ def test_later_turns_see_the_answers_without_their_thoughts(chat: Chat, scripted
     ]
 
 
-def test_stop_ends_the_drawing_and_keeps_what_there_is(chat: Chat, studio: Any) -> None:
-    gate = threading.Event()
-    holding = threading.Thread(target=lambda: studio.speaker.call(gate.wait))
-    holding.start()  # the base is taken: nothing is drawn yet
-    pending = chat.send("Talk for long.", Wish(Source("base", 1.0, 1.0, 200)))
+def test_stop_ends_the_drawing_and_keeps_what_there_is(chat: Chat, free_the_base: Callable[[], None]) -> None:
+    pending = chat.send("Talk for long.", Wish(Source("base", 1.0, 1.0, 200), seed=1))  # one that does not end at once
     chat.stop()
     with pytest.raises(UserError, match="still on its way"):
         chat.send("And?", Wish(SHORT))
-    gate.set()
-    holding.join()
+    free_the_base()
     assert chat.wait(60) and pending.over.is_set()
     answer = chat.talk.exchanges[0].answer
     assert (answer.stopped, answer.finished, len(answer.ids)) == (True, False, 1)
     assert "stopped" in about(answer)
 
 
-def test_watching_only_looks_and_shows_the_end(chat: Chat, studio: Any) -> None:
-    gate = threading.Event()
-    holding = threading.Thread(target=lambda: studio.speaker.call(gate.wait))
-    holding.start()
+def test_watching_only_looks_and_shows_the_end(chat: Chat, free_the_base: Callable[[], None]) -> None:
     chat.send("Hello.", Wish(SHORT))
     pauses: list[float] = []
 
     def sleep(seconds: float) -> None:
         pauses.append(seconds)
-        gate.set()
+        free_the_base()
         assert chat.wait(60)
 
     seen = list(watch(chat, per_second=8, sleep=sleep))
-    holding.join()
     assert [pending is None for pending in seen] == [False, True]
     assert pauses == [0.125]
     assert list(watch(chat)) == [None]
@@ -306,30 +298,24 @@ def test_the_talk_survives_a_reload_and_a_restart(studio: Any, scripted: Callabl
     assert Talk.from_json(json.loads(json.dumps(chat.talk.as_json() | {"newer": 1}))) == chat.talk
 
 
-def test_a_question_whose_answer_was_lost_with_the_process_is_still_there(studio: Any, chat: Chat) -> None:
-    gate = threading.Event()
-    holding = threading.Thread(target=lambda: studio.speaker.call(gate.wait))
-    holding.start()
+def test_a_question_whose_answer_was_lost_with_the_process_is_still_there(
+    studio: Any, chat: Chat, free_the_base: Callable[[], None]
+) -> None:
     chat.send("Still there?", Wish(SHORT))
     later = Chat(studio, "ann")
-    gate.set()
-    holding.join()
+    free_the_base()
     assert chat.wait(60)
     assert [(e.question, e.responses) for e in later.talk.exchanges] == [("Still there?", ())]
 
 
-def test_closing_keeps_an_answer_as_far_as_it_came(studio: Any) -> None:
+def test_closing_keeps_an_answer_as_far_as_it_came(studio: Any, free_the_base: Callable[[], None]) -> None:
     chats = Chats(studio)
-    gate = threading.Event()
-    holding = threading.Thread(target=lambda: studio.speaker.call(gate.wait))
-    holding.start()
-    pending = chats.of("ann").send("Talk for long.", Wish(Source("base", 1.0, 1.0, 200)))
+    pending = chats.of("ann").send("Talk for long.", Wish(Source("base", 1.0, 1.0, 200), seed=1))
     closing = threading.Thread(target=chats.close)
     closing.start()
     assert pending.answers[0]._stop.wait(60)  # it was asked to stop before the base was free
-    gate.set()
-    for thread in (holding, closing):
-        thread.join()
+    free_the_base()
+    closing.join()
     (exchange,) = Chat(studio, "ann").talk.exchanges
     assert (exchange.answer.stopped, len(exchange.answer.ids)) == (True, 1)
 
