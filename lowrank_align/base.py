@@ -25,13 +25,14 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_align import adapters
+from lowrank_align import adapters, lora
+from lowrank_align.attention import pieces_of
 from lowrank_align.config import ModelSettings
 from lowrank_align.errors import UserError, nearest
 from lowrank_align.loading import Attention, Loaded, Quantize, context_tokens, load_frozen
 from lowrank_align.probe import choose_layout, choose_logits
 from lowrank_align.roles import BARE, BackwardInsideRole, Role, Visit
-from lowrank_align.scoring import LogitsHead, TokenScores, scalar_scores, scalar_values, token_scores
+from lowrank_align.scoring import LogitsHead, TokenScores, scalar_scores, scalar_values, token_logps, token_scores
 from lowrank_align.trees import Layout, TreeBatch, TreeRow, attention_mask, collate
 from lowrank_align.turns import Turns
 
@@ -58,6 +59,8 @@ class Base:
         self._backbone: Any = self.model.get_decoder()
         self._backbone.register_forward_hook(self._guard_output)
         self._dict_masks = bool(getattr(self.config, "layer_types", None))
+        # Attention piece by piece instead of under a mask; the probe takes it back where a family does not pass it on.
+        self.in_pieces = self.device.type == "cpu" and self.config._attn_implementation == "sdpa"
         self.linear_names = _linear_names(self._backbone)
         self.logits_head = LogitsHead(self.model)
         self.layout: Layout = choose_layout(self)
@@ -187,7 +190,14 @@ class Base:
 
     def hidden_states(self, batch: TreeBatch) -> Tensor:
         """(R, T, H) the last hidden states under the active role."""
-        if batch.layout == "tree" or batch.hidden is not None:
+        inputs: dict[str, Any]
+        if self._takes_pieces(batch):
+            inputs = {
+                "attention_mask": self._no_mask(),
+                "position_ids": batch.position_ids,
+                "tree_pieces": pieces_of(batch, self.compute_dtype),
+            }
+        elif batch.layout == "tree" or batch.hidden is not None:
             inputs = {"attention_mask": self._tree_mask(batch), "position_ids": batch.position_ids}
         else:
             inputs = {"attention_mask": (batch.segment_ids >= 0).long()}
@@ -199,6 +209,11 @@ class Base:
         hidden = self.hidden_states(batch)
         with self.autocast():
             return token_scores(hidden, batch, self.logits_head, temperature=temperature)
+
+    def token_logps(self, batch: TreeBatch, *, temperature: float = 1.0) -> Tensor:
+        """(N, C) the log-probabilities alone, without gradient: what is asked of a frozen role."""
+        with torch.no_grad(), self.autocast():
+            return token_logps(self.hidden_states(batch), batch, self.logits_head, temperature=temperature)
 
     def scores(self, batch: TreeBatch, *, shifted: bool = False) -> Tensor:
         """(N,) the active role's scalar head at each completion's last token, raw or `shifted` (`reward.json`)."""
@@ -293,6 +308,8 @@ class Base:
                 self._restore_flags()
                 raise UserError(f"--target-modules: {str(error).splitlines()[0]}") from error
         self._lora_layers = [m for m in self.model.modules() if isinstance(m, LoraLayer)]
+        for layer in self._lora_layers:
+            lora.speed_up(layer)
         self.model.train(self.model.training)  # the new layers' dropout too
         parameters: dict[str, nn.Parameter] = {}
         marker = f".{adapter}.weight"
@@ -351,6 +368,16 @@ class Base:
         for role in self.roles.values():
             for parameter in role.parameters.values():
                 parameter.requires_grad_(role.trainable)
+
+    def _takes_pieces(self, batch: TreeBatch) -> bool:
+        window = getattr(self.config, "sliding_window", None)
+        short = window is None or int(batch.position_ids.max()) < window
+        return self.in_pieces and batch.layout == "tree" and batch.hidden is None and short
+
+    def _no_mask(self) -> Tensor | dict[str, Tensor]:
+        """A mask that hides nothing: with it a model makes none of its own."""
+        nothing = torch.zeros(1, 1, 1, 1, dtype=self.compute_dtype, device=self.device)
+        return dict.fromkeys(("full_attention", "sliding_attention"), nothing) if self._dict_masks else nothing
 
     def _tree_mask(self, batch: TreeBatch) -> Tensor | dict[str, Tensor]:
         window = getattr(self.config, "sliding_window", None)

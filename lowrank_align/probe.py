@@ -33,7 +33,22 @@ PROBE_TOKENS = 6
 
 @torch.no_grad()
 def choose_layout(base: Base) -> Layout:
-    """`tree` where completions neither see each other nor differ from separate rows, else `flat` with one log line."""
+    """`tree` where completions neither see each other nor differ from separate rows, else `flat` with one log line.
+
+    Attention in pieces is tried first; a family that does not hand them down gets the mask (`base.in_pieces`).
+    """
+    if base.in_pieces:
+        base.in_pieces = _why_not_tree(base) is None
+        if base.in_pieces:
+            return "tree"
+    reason = _why_not_tree(base)
+    if reason is None:
+        return "tree"
+    log.warning("%s: uses flat rows: %s", base.name, reason)
+    return "flat"
+
+
+def _why_not_tree(base: Base) -> str | None:
     ids = _random_ids(base, 4)
     row = _row(ids[0], [ids[1], ids[2]])
     other = _row(ids[0], [ids[3], ids[2]])  # only the first completion differs
@@ -43,15 +58,12 @@ def choose_layout(base: Base) -> Layout:
             leak = (tree[1] - _logps(base, other, "tree")[1]).abs().max().item()
             gap = (tree - _logps(base, row, "flat")).abs().max().item()
     except (AttributeError, ValueError, TypeError, RuntimeError, KeyError) as error:
-        reason = f"the model takes no tree mask ({str(error).splitlines()[0]})"
-    else:
-        # The masked-out tokens do not enter an attention sum at all, so a leak shows in any precision.
-        tolerance = _tolerance(base)
-        if leak <= min(tolerance, 1e-4) and gap <= tolerance:
-            return "tree"
-        reason = f"its layers carry state from one completion to the next (leak {leak:.1e}, gap {gap:.1e} nats)"
-    log.warning("%s: uses flat rows: %s", base.name, reason)
-    return "flat"
+        return f"the model takes no tree mask ({str(error).splitlines()[0]})"
+    # The masked-out tokens do not enter an attention sum at all, so a leak shows in any precision.
+    tolerance = _tolerance(base)
+    if leak <= min(tolerance, 1e-4) and gap <= tolerance:
+        return None
+    return f"its layers carry state from one completion to the next (leak {leak:.1e}, gap {gap:.1e} nats)"
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
 """Per-token log-probabilities, entropies and scalar scores from hidden states, never a [B, T, V] tensor.
 
-Only completion positions go through the head, in chunks whose logits are recomputed in the backward pass, so the peak
-is one chunk x vocabulary whatever the batch and the length.
+Only completion positions go through the head, in chunks whose logits are gone before the next one's are made, so the
+peak is one chunk x vocabulary whatever the batch and the length.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,11 @@ class LogitsHead:
         )
         self.vocabulary: int = config.vocab_size
 
+    @property
+    def trains(self) -> bool:
+        """Whether an adapter on the head itself is trained."""
+        return any(parameter.requires_grad for parameter in self.model.get_output_embeddings().parameters())
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """(M, H) -> (M, V), fp32."""
         projection: nn.Module = self.model.get_output_embeddings()  # looked up: an adapter may have wrapped it
@@ -85,17 +91,17 @@ def token_scores(hidden: Tensor, batch: TreeBatch, head: LogitsHead, *, temperat
 
     `temperature` divides the logits, as it does when sampling, so that old, new and reference log-probs agree.
     """
-    chosen = batch.completion_mask.flatten().nonzero().squeeze(1)  # (M,) of N * C
-    states = hidden.flatten(0, 1).index_select(0, batch.predict_from.flatten()[chosen])
-    targets = batch.targets.flatten()[chosen]
-    per_chunk = max(16, CHUNK_BYTES // (4 * head.vocabulary))
-    parts = [
-        _score_chunk(states[i : i + per_chunk], targets[i : i + per_chunk], head, temperature)
-        for i in range(0, len(chosen), per_chunk)
-    ]
-    zeros = torch.zeros(batch.targets.numel(), device=hidden.device)
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else [zeros[:0]] * 3
-    return TokenScores(*(zeros.index_put((chosen,), column).view(batch.targets.shape) for column in columns))
+    return TokenScores(*_of_tokens(hidden, batch, head, temperature, _score_chunk, 3))
+
+
+def token_logps(hidden: Tensor, batch: TreeBatch, head: LogitsHead, *, temperature: float = 1.0) -> Tensor:
+    """(N, C) the log-probabilities alone, without gradient: all that is asked of a reference."""
+
+    def score(states: Tensor, targets: Tensor, head: LogitsHead, temperature: float) -> tuple[Tensor]:
+        return (_measure(_logits(head, states, temperature), targets, thoroughly=False)[0],)
+
+    with torch.no_grad():
+        return _of_tokens(hidden, batch, head, temperature, score, 1)[0]
 
 
 def token_kl(
@@ -147,23 +153,87 @@ def scalar_values(hidden: Tensor, batch: TreeBatch, head: nn.Linear) -> Tensor:
     return values * batch.token_mask
 
 
+Score = Callable[[Tensor, Tensor, LogitsHead, float], tuple[Tensor, ...]]
+
+
+def _of_tokens(
+    hidden: Tensor, batch: TreeBatch, head: LogitsHead, temperature: float, score: Score, columns: int
+) -> list[Tensor]:
+    """`score` of the tokens that count, chunk by chunk: so many columns, each (N, C) and 0 elsewhere."""
+    chosen = batch.completion_mask.flatten().nonzero().squeeze(1)  # (M,) of N * C
+    states = hidden.flatten(0, 1).index_select(0, batch.predict_from.flatten()[chosen])
+    targets = batch.targets.flatten()[chosen]
+    size = max(16, CHUNK_BYTES // (4 * head.vocabulary))
+    parts = [score(states[i : i + size], targets[i : i + size], head, temperature) for i in range(0, len(chosen), size)]
+    zeros = torch.zeros(batch.targets.numel(), device=hidden.device)
+    found = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else [zeros[:0]] * columns
+    return [zeros.index_put((chosen,), column).view(batch.targets.shape) for column in found]
+
+
 def _score_chunk(
     states: Tensor, targets: Tensor, head: LogitsHead, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(m, H), (m,) -> log-probs, entropies, is-top, each (m,); the logits are not kept for the backward pass."""
+    if not (torch.is_grad_enabled() and (states.requires_grad or head.trains)):
+        logps, entropy, is_top, _ = _measure(_logits(head, states, temperature), targets)
+        return logps, entropy, is_top
+    if not head.trains:
+        found: tuple[Tensor, Tensor, Tensor] = _LogProbs.apply(states, targets, head, temperature)
+        return found
 
     def score(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = head(states) / temperature
-        normaliser = logits.logsumexp(dim=-1)
-        logps = logits.gather(1, targets[:, None]).squeeze(1) - normaliser
-        with torch.no_grad():
-            entropy = normaliser - (logits.softmax(-1) * logits).sum(-1)
-            is_top = (logits.argmax(-1) == targets).float()
+        logits = _logits(head, states, temperature)
+        logps = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(-1)
+        _, entropy, is_top, _ = _measure(logits.detach(), targets)
         return logps, entropy, is_top
 
-    if not (torch.is_grad_enabled() and states.requires_grad):
-        return score(states, targets)
-    found: tuple[Tensor, Tensor, Tensor] = checkpoint(
+    recomputed: tuple[Tensor, Tensor, Tensor] = checkpoint(
         score, states, targets, use_reentrant=False, preserve_rng_state=False
     )
-    return found
+    return recomputed
+
+
+class _LogProbs(torch.autograd.Function):
+    """Log-probabilities under a frozen head, whose gradient is found while the logits are there.
+
+    A token's log-probability depends on its own state alone, so its gradient is one vector times what comes from above:
+    nothing is recomputed in the backward pass, and nothing of the vocabulary's size waits for it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, targets: Tensor, head: LogitsHead, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            states = states.detach().requires_grad_()
+            logits = _logits(head, states, temperature)
+        logps, entropy, is_top, probs = _measure(logits.detach(), targets)
+        # d log p(target) / d logits = onehot(target) - probs
+        slope = probs.neg_().scatter_add_(1, targets[:, None], torch.ones_like(logps)[:, None])
+        ctx.save_for_backward(*torch.autograd.grad(logits, states, slope))
+        ctx.mark_non_differentiable(entropy, is_top)
+        return logps, entropy, is_top
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return (above[0][:, None] * slope).to(slope.dtype), None, None, None
+
+
+def _logits(head: LogitsHead, states: Tensor, temperature: float) -> Tensor:
+    logits = head(states)
+    return logits if temperature == 1.0 else logits / temperature
+
+
+@torch.no_grad()
+def _measure(logits: Tensor, targets: Tensor, thoroughly: bool = True) -> tuple[Tensor, ...]:
+    """(m, V), (m,) -> log-probs and, if thoroughly, entropies and is-top, each (m,), and probabilities (m, V)."""
+    highest, top = logits.max(-1)
+    probs = (logits - highest[:, None]).exp_()
+    total = probs.sum(-1)
+    normaliser = highest + total.log()
+    logps = logits.gather(1, targets[:, None]).squeeze(1) - normaliser
+    if not thoroughly:
+        return (logps,)
+    probs /= total[:, None]
+    return logps, normaliser - torch.linalg.vecdot(probs, logits), (top == targets).float(), probs

@@ -79,6 +79,7 @@ class TreeBatch:
     completion_mask: Tensor  # (N, C) bool: the token counts
     row_of: Tensor  # (N,) the tree row that each completion belongs to
     layout: Layout
+    lengths: tuple[tuple[int, ...], ...]  # of each row: its prompt's and its completions' tokens
     hidden: Tensor | None = None  # (R, T) bool: no later token sees this one; None where none is
 
     def to(self, device: torch.device | str) -> "TreeBatch":
@@ -149,6 +150,7 @@ def collate(rows: Sequence[TreeRow], layout: Layout = "tree", pad_id: int = 0) -
         completion_mask,
         row_of,
         layout,
+        tuple((len(line.prompt), *(len(c.ids) for c in line.completions)) for line in lines),
         _hidden(lines, width),
     )
 

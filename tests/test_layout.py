@@ -32,6 +32,8 @@ LAYERS: dict[str, list[str]] = {
         "loading",
         "skeleton",
         "adapters",
+        "attention",
+        "lora",
         "scoring",
         "roles",
         "probe",

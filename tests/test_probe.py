@@ -54,6 +54,7 @@ def test_wrong_masks_are_seen(
         return mask & (segment[:, :, None] == segment[:, None, :])[:, None]
 
     monkeypatch.setattr("lowrank_align.base.attention_mask", faulty)
+    monkeypatch.setattr(base, "in_pieces", False)
     assert choose_layout(base) == "flat"
     (line,) = probe_lines(caplog)
     assert ("leak 0.0e+00" not in line) == leaks

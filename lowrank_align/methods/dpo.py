@@ -73,8 +73,8 @@ class DPO(Method[DPOSettings, TreeRow]):
         """(N, C) of all completions; None where no loss asks for it."""
         if not self.settings.needs_reference:
             return None
-        with self.base.role("reference"), torch.no_grad():
-            return self.base.token_scores(batch).per_token_logps
+        with self.base.role("reference"):
+            return self.base.token_logps(batch)
 
     def _losses(self, answers: Side, pairs: Comparisons, metrics: Metrics) -> Tensor:
         """(P,) the weighted sum of the losses; of several each goes into the metrics too."""

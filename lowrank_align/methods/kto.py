@@ -54,8 +54,8 @@ class KTO(Method[KTOSettings, TreeRow]):
     def step(self, items: Sequence[TreeRow], weight: float, metrics: Metrics) -> Tensor:
         s, batch = self.settings, self.base.collate(list(items))
         good = torch.tensor([row.label for row in items], dtype=torch.bool, device=self.base.device)
-        with self.base.role("reference"), torch.no_grad():
-            ref_logps = self.base.token_scores(batch).logps
+        with self.base.role("reference"):
+            ref_logps = self.base.token_logps(batch).sum(1)
         with self.base.role("policy"):
             policy = self.base.token_scores(batch)
             outcome = kto(
@@ -86,7 +86,7 @@ class KTO(Method[KTOSettings, TreeRow]):
                 batch, logps = self.base.collate(mismatched[start : start + size]), []
                 for name in ("policy", "reference"):
                     with self.base.role(name):
-                        logps.append(self.base.token_scores(batch).logps)
+                        logps.append(self.base.token_logps(batch).sum(1))
                 found.append(logps[0] - logps[1])
                 self.base.turns.give_way()
             return torch.cat(found)

@@ -121,7 +121,7 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
             for start in range(0, len(trees), size):
                 batch = self.base.collate(list(trees[start : start + size]))
                 with self.base.role(role):
-                    logps = self.base.token_scores(batch, temperature=self.settings.temperature).per_token_logps
+                    logps = self.base.token_logps(batch, temperature=self.settings.temperature)
                 found += [row[:length] for row, length in zip(logps, batch.num_tokens.tolist(), strict=True)]
                 self.base.turns.give_way()
             return found

@@ -6,7 +6,6 @@ Left out: a judge that compares the two directly; here whoever scores higher is 
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from lowrank_align.config import OnlineDPOSettings
@@ -44,8 +43,8 @@ class OnlineDPO(OnlineMethod[OnlineDPOSettings, TreeRow]):
         s = self.settings
         batch, pairs = self.base.collate(list(items)), collate_comparisons(items, self.base.device)
         mask = batch.completion_mask
-        with self.base.role("reference"), torch.no_grad():
-            ref_logps = self.base.token_scores(batch, temperature=s.temperature).per_token_logps
+        with self.base.role("reference"):
+            ref_logps = self.base.token_logps(batch, temperature=s.temperature)
         with self.base.role("policy"):
             scores = self.base.token_scores(batch, temperature=s.temperature)
             answers = Side(scores.per_token_logps, mask, ref_logps)

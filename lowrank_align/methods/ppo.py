@@ -146,9 +146,9 @@ class PPO(OnlineMethod[PPOSettings, Episode]):
             for start in range(0, len(trees), size):
                 batch = self.base.collate(trees[start : start + size])
                 with self.base.role("policy"):
-                    logps = self.base.token_scores(batch, temperature=self.settings.temperature).per_token_logps
+                    logps = self.base.token_logps(batch, temperature=self.settings.temperature)
                 with self.base.role("reference"):
-                    ref_logps = self.base.token_scores(batch, temperature=self.settings.temperature).per_token_logps
+                    ref_logps = self.base.token_logps(batch, temperature=self.settings.temperature)
                 with self.base.role("value"):
                     values = self.base.values(batch)
                 columns = (logps, ref_logps, values, batch.token_mask)

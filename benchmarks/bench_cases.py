@@ -1,0 +1,75 @@
+"""What `make bench` compares: a method's rows, batch and steps, and the micro-batch at which each side is fastest."""
+
+from dataclasses import dataclass
+from typing import Any
+
+LEARNING_RATE = 1e-4
+BETA, GRPO_BETA = 0.1, 0.02
+NEW_TOKENS, GROUP, PPO_EPOCHS = 64, 8, 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method at one precision with so many threads; the first step warms up and is not counted."""
+
+    method: str
+    quantize: str  # nf4 or none
+    threads: int = 2
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.quantize}-{self.threads}"
+
+    @classmethod
+    def named(cls, name: str) -> "Case":
+        method, quantize, threads = name.rsplit("-", 2)
+        return cls(method, quantize, int(threads))
+
+    @property
+    def rows(self) -> str:
+        return {"sft": "demonstrations", "kto": "unpaired", "grpo": "grpo", "ppo": "ppo"}.get(self.method, "pairs")
+
+    @property
+    def batch(self) -> int:
+        """Rows of a step: prompts, for GRPO and PPO."""
+        return {"sft": 8, "grpo": 1, "ppo": 8}.get(self.method, 4)
+
+    @property
+    def steps(self) -> int:
+        return {"ppo": 2, "grpo": 4}.get(self.method, 4)
+
+    @property
+    def unit(self) -> str:
+        return {"dpo": "pairs", "reward": "pairs", "grpo": "answers", "ppo": "episodes"}.get(self.method, "rows")
+
+    @property
+    def per_row(self) -> int:
+        return GROUP if self.method == "grpo" else 1
+
+    @property
+    def micro_batch(self) -> dict[str, int]:
+        """Ours and the peer's, found by `bench.py --tune`."""
+        return MICRO_BATCH.get(self.method, {"ours": 1, "theirs": 1})
+
+
+# Padding costs the peers more than a batch saves, so 1 but where a group is drawn, or KTO's mismatched pairs are made.
+MICRO_BATCH: dict[str, dict[str, int]] = {
+    "kto": {"ours": 2, "theirs": 2},
+    "grpo": {"ours": 1, "theirs": 8},
+    "ppo": {"ours": 8, "theirs": 8},
+}
+
+METHODS = ("dpo", "reward", "sft", "kto", "grpo", "ppo")
+
+
+def cases() -> list[Case]:
+    """Every method unquantised and in NF4 with two threads; DPO and PPO with one thread too."""
+    found = [Case(method, quantize) for method in METHODS for quantize in ("none", "nf4")]
+    return found + [Case(method, "none", 1) for method in ("dpo", "ppo")]
+
+
+def result(case: Case, marks: list[float], losses: list[float], peak: int, **more: Any) -> dict[str, Any]:
+    """One measurement: `marks` are the moments at which the first step and each later one ended."""
+    counted = (len(marks) - 1) * case.batch * case.per_row
+    return {"case": case.name, "seconds": marks[-1] - marks[0], "units": counted,
+            "per_second": counted / (marks[-1] - marks[0]), "peak_bytes": peak, "losses": losses, **more}  # fmt: skip
