@@ -3,12 +3,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # Processes that share the tests.
 WORKERS ?= 2
 
-.PHONY: demo studio test check screenshots clean
+.PHONY: demo studio test check screenshots bench clean
 
 demo: $(VENV)/installed
 	@$(BIN)/lowrank-align demo
@@ -19,6 +20,12 @@ studio: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+# Ours beside TRL, in an environment of its own (about 40 minutes on two cores): docs/benchmarks.md. DATA is LLaMA-Factory's
+# data folder; a part of it with FLAGS: make bench FLAGS="--only dpo"
+DATA ?= ../shared/data
+bench: $(VENV)/installed $(PEERS)/installed
+	@$(BIN)/python benchmarks/bench.py --data $(DATA) --peers $(PEERS) $(FLAGS)
 
 # The pictures of docs/studio.md, taken by the browser test on its way.
 screenshots: $(VENV)/installed-dev
@@ -31,7 +38,7 @@ check: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q tests/test_layout.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find lowrank_align apps tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone, so that pip takes a CPU build where one is configured. No build isolation: setuptools is
@@ -46,4 +53,12 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+# TRL 1.16 no longer has PPO; the last version that has it lies beside it and comes first for that case alone.
+$(PEERS)/installed: constraints.txt
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt torch==2.13.0
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt trl==1.16.0 peft bitsandbytes psutil
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --upgrade --target $(PEERS)/trl-ppo trl==1.12.0
 	@touch $@

@@ -53,7 +53,7 @@ def knobs(case: Case, folder: Path) -> dict[str, Any]:
         return {"prompts": rows, "reward": "bench_reward:letters", "group_size": GROUP, "beta": GRPO_BETA,
                 "max_new_tokens": NEW_TOKENS, "missing_eos_penalty": 0.0}  # fmt: skip
     if case.method == "ppo":
-        return {"prompts": rows, "reward": str(folder / "reward"), "max_new_tokens": NEW_TOKENS, "minibatches": 1,
+        return {"prompts": rows, "reward": str(folder / "start"), "max_new_tokens": NEW_TOKENS, "minibatches": 1,
                 "ppo_epochs": PPO_EPOCHS, "missing_eos_penalty": 0.0}  # fmt: skip
     return {"data": rows, **({"beta": BETA} if case.method in ("dpo", "kto") else {})}
 
