@@ -80,7 +80,7 @@ def compare(case: Case, folder: Path, peers: Path, repeats: int, gflops: float) 
         "memory": middle["ours"]["peak_bytes"] / middle["theirs"]["peak_bytes"],
         "tokens_per_second": tokens / middle["ours"]["seconds"] if tokens else None,
         "of_floor": flops / (gflops * 1e9) / middle["ours"]["seconds"] if flops else None,
-        "losses_apart": max(apart) if apart and case.method not in ("grpo", "ppo") else None,
+        "losses_apart": max(apart) if apart and case.method not in ("grpo", "ppo", "kto") else None,
     }  # fmt: skip
 
 

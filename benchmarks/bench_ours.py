@@ -55,6 +55,8 @@ def knobs(case: Case, folder: Path) -> dict[str, Any]:
     if case.method == "ppo":
         return {"prompts": rows, "reward": str(folder / "start"), "max_new_tokens": NEW_TOKENS, "minibatches": 1,
                 "ppo_epochs": PPO_EPOCHS, "missing_eos_penalty": 0.0}  # fmt: skip
+    if case.method == "reward":
+        return {"data": rows, "centering_coefficient": 0.0}  # as TRL by default
     return {"data": rows, **({"beta": BETA} if case.method in ("dpo", "kto") else {})}
 
 

@@ -76,6 +76,7 @@ def measure_apart(case: dict[str, Any], folder: Path, steps: int = STEPS) -> dic
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_measure, args=(case, folder, steps, sender))
     child.start()
+    sender.close()  # so that a child which dies is an EOFError here, not a wait without end
     found: dict[str, Any] = receiver.recv()
     child.join()
     return {**case, **found}

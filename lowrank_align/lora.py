@@ -20,24 +20,27 @@ def speed_up(layer: LoraLayer) -> None:
 
 
 def _forward(layer: LoraLayer, own: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    adapter = _plain(layer, x) if torch.is_grad_enabled() and not args and not kwargs else None
+    adapter = None if args or kwargs else _plain(layer, x)
     if adapter is None:
         return own(x, *args, **kwargs)
     base: Any = layer.get_base_layer()
-    found: Tensor = _Adapted.apply(
-        x, base, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
-    )
+    a, b, scaling = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
+    if not torch.is_grad_enabled():
+        return _adapted(x.reshape(-1, x.shape[-1]), base, a, b, scaling)[0].view(*x.shape[:-1], -1)
+    found: Tensor = _Adapted.apply(x, base, a, b, scaling)
     return found
 
 
 def _plain(layer: LoraLayer, x: Tensor) -> str | None:
-    """The adapter, where it is alone, trained, without dropout or variant, and everything computes in fp32 on a CPU."""
+    """The adapter, where it is alone, without dropout or variant, and everything computes in fp32 on a CPU."""
     if x.dtype != torch.float32 or x.device.type != "cpu" or len(layer.active_adapters) != 1:
         return None  # on a GPU the 16-bit casts are autocast's, and nobody has measured this way there
     adapter = layer.active_adapters[0]
     if adapter not in layer.lora_A or adapter in layer.lora_variant or layer.disable_adapters or layer.merged:
         return None
-    if not isinstance(layer.lora_dropout[adapter], nn.Identity) or not layer.lora_A[adapter].weight.requires_grad:
+    if layer.training and not isinstance(layer.lora_dropout[adapter], nn.Identity):
+        return None
+    if torch.is_grad_enabled() and not layer.lora_A[adapter].weight.requires_grad:
         return None
     base = layer.get_base_layer()
     dense = type(base) is nn.Linear and base.weight.dtype == torch.float32
@@ -53,16 +56,20 @@ def dense_weight(base: Any) -> Tensor:
     return bnb.dequantize_4bit(base.weight, base.weight.quant_state).to(torch.float32)
 
 
+def _adapted(rows: Tensor, base: Any, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """(M, in) -> W x + bias + scaling * B A x, (M, out), and scaling * A x, (M, r)."""
+    low = rows @ a.T
+    low *= scaling
+    return nn.functional.linear(rows, dense_weight(base), base.bias).addmm_(low, b.T), low
+
+
 class _Adapted(torch.autograd.Function):
     """W x + b + scaling * B A x (Hu et al. 2021, arXiv 2106.09685, eq. 3) of a frozen W; x is (..., in)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: Any, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        low = rows @ a.T
-        low *= scaling
-        out = nn.functional.linear(rows, dense_weight(base), base.bias)
-        out.addmm_(low, b.T)
+        out, low = _adapted(rows, base, a, b, scaling)
         ctx.save_for_backward(rows, low, a, b)
         ctx.base, ctx.scaling, ctx.shape = base, scaling, x.shape
         return out.view(*x.shape[:-1], -1)

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 M_MMAP_THRESHOLD = -3  # malloc.h
-OWN_PAGES_FROM_BYTES = 2**20
+OWN_PAGES_FROM_BYTES = 2**22
 
 
 def reset_peak(device: torch.device) -> None:
@@ -53,11 +53,11 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def steady_heap() -> None:
-    """Give every tensor of a megabyte or more pages of its own, which go back to the system with it (glibc).
+    """Give every tensor of four megabytes or more pages of its own, which go back to the system with it (glibc).
 
     By default the C library learns to keep larger and larger blocks in its heap, where training's tensors leave gaps
-    that the next ones do not fill: the peak is twice what is alive. Fresh pages cost a fifth to a third more time
-    (docs/log.md), so this is for runs with large tensors. `MALLOC_MMAP_THRESHOLD_` keeps its say.
+    that the next ones do not fill. Fresh pages cost time, which is why smaller ones stay there (docs/log.md).
+    `MALLOC_MMAP_THRESHOLD_` keeps its say.
     """
     if sys.platform != "linux" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return

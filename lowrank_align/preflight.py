@@ -22,7 +22,6 @@ from lowrank_align.plan import (
     as_flags,
     fit,
     gib,
-    has_own_pages,
     in_one_line,
     size_bytes,
     work_of,
@@ -60,7 +59,7 @@ def plan_run(settings: TrainSettings, rows: Sequence[TreeRow], base: Base | None
         layout=base.layout if base else layout,
     )
     budget = size_bytes(settings.gpu) if settings.gpu else budget_of(device, base)
-    if work.device == "cpu" and has_own_pages(architecture, work):
+    if work.device == "cpu":
         steady_heap()
 
     def at_length(work: Workload, max_length: int) -> Workload | None:

@@ -10,10 +10,12 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from lowrank_align.base import Base
+from lowrank_align.cache import cache_for
 
+STREAM_ROOM = 512  # new tokens for which a streamed answer's cache has room at once; it grows where there are more
 SLICE_SECONDS = 0.25  # a run's rollouts give way to people so often, not at every token
 
 
@@ -88,7 +90,7 @@ def fill_cache(base: Base, prompts: Sequence[list[int]], new_tokens: int) -> Non
     What stands for the answers goes through in pieces no longer than the prompts, so that the cache alone grows.
     """
     width = max(map(len, prompts))
-    cache = None
+    cache = _cache(base, width + new_tokens)
     with inference(base), base.autocast():
         for start in range(0, width + new_tokens, width):
             piece = torch.zeros(len(prompts), min(width, width + new_tokens - start), dtype=torch.long)
@@ -157,7 +159,7 @@ def _stream(
 ) -> Iterator[int]:
     """`stream`'s generator: the prompt, then each new token alone, with a cache of the model's own kind."""
     options = _last_logits(base)
-    cache = None
+    cache = _cache(base, len(ids) + min(max_new_tokens, STREAM_ROOM))
     for _ in range(max_new_tokens):
         mode = inference(base) if base.model.training else nullcontext()  # it visits every module: not for nothing
         with base.role(role), mode, torch.no_grad(), base.autocast():
@@ -186,15 +188,15 @@ def _generate(
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(end_ids), pad_token_id=pad, use_cache=True
     )
-    cache = None
+    cache = _cache(base, width + max_new_tokens)
     with base.autocast():
         if copies > 1:
-            if base.layout == "tree" and width > 1:  # one prefill serves all completions of a prompt
+            if cache is not None and width > 1:  # one prefill serves all completions of a prompt
                 positions = (mask.cumsum(1) - 1).clamp(min=0)[:, :-1]
-                cache = base.model(
+                base.model(
                     input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions, use_cache=True,
-                    logits_to_keep=1,
-                ).past_key_values  # fmt: skip
+                    past_key_values=cache, logits_to_keep=1,
+                )  # fmt: skip
                 cache.batch_repeat_interleave(copies)
             ids, mask = ids.repeat_interleave(copies, 0), mask.repeat_interleave(copies, 0)
         tokens = base.model.generate(
@@ -205,6 +207,11 @@ def _generate(
             logits_processor=LogitsProcessorList([sampler]),
         )
     return tokens[:, width:]
+
+
+def _cache(base: Base, tokens: int) -> DynamicCache | None:
+    """A cache with room for so many tokens; None where layers keep a state instead, which the model makes by itself."""
+    return cache_for(base.model, tokens) if base.layout == "tree" else None
 
 
 def _shares(copies: int, size: int) -> list[int]:

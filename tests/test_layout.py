@@ -33,6 +33,7 @@ LAYERS: dict[str, list[str]] = {
         "skeleton",
         "adapters",
         "attention",
+        "cache",
         "lora",
         "scoring",
         "roles",

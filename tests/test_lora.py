@@ -53,17 +53,22 @@ def test_it_computes_what_peft_computes(
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_dropout_and_what_is_not_trained_go_peft_s_way(
+def test_dropout_and_gradients_through_what_is_not_trained_go_peft_s_way(
     load_base: Callable[..., Any], random_row: Callable[..., TreeRow]
 ) -> None:
     base = load_base("llama")
     base.add_role("policy", rank=4, dropout=0.5)
     base.add_role("frozen", rank=4, trainable=False)
     layer, x = base._lora_layers[0], torch.zeros(1, 1, 1)
+    base.model.train()
     with base.role("policy"):
         assert lora._plain(layer, x) is None
+        base.model.eval()
+        assert lora._plain(layer, x) == "policy"  # nothing is dropped then
     with base.role("frozen"):
         assert lora._plain(layer, x) is None
+        with torch.no_grad():
+            assert lora._plain(layer, x) == "frozen"
     assert lora._plain(layer, x) is None  # the bare base
     base.add_role("policy", rank=4)
     with base.role("policy"):

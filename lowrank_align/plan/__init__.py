@@ -13,7 +13,6 @@ from lowrank_align.plan.prediction import (
     Prediction,
     adapter_parameters,
     cache_bytes,
-    has_own_pages,
     predict,
 )
 from lowrank_align.plan.words import as_flags, gib, in_one_line, parameters_in_words, size_bytes
@@ -33,7 +32,6 @@ __all__ = [
     "cards",
     "fit",
     "gib",
-    "has_own_pages",
     "in_one_line",
     "parameters_in_words",
     "predict",

@@ -24,8 +24,8 @@ GPU_CONTEXT_BYTES = int(0.5 * GIB)  # CUDA's own: context, kernels, workspaces o
 GPU_SLACK = 0.05  # of what comes and goes: the allocator's rounding and gaps
 WORKSPACE_BYTES = 32 * 2**20  # cuBLAS's, which torch counts as allocated
 CPU_OVERHEAD_BYTES = 62 * 10**6  # beside a process's tensors: code paged in, the matrix library's buffers
-OWN_PAGES_FROM_BYTES = 2**20  # on a CPU, hidden states of this size have pages of their own (memory.steady_heap);
-HEAP_GAPS = 1.35  # smaller ones lie in the C heap, whose gaps take more than the tensors
+OWN_PAGES_FROM_BYTES = 2**22  # on a CPU, tensors of this size have pages of their own (memory.steady_heap)
+HEAP_GAPS, HEAP_GAPS_RECOMPUTED = 0.45, 2.1  # smaller ones lie in the C heap: its gaps, of what comes and goes
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,18 @@ def predict(architecture: Architecture, work: Workload) -> Prediction:
         if work.device == "gpu":
             overhead = GPU_CONTEXT_BYTES + WORKSPACE_BYTES + int(GPU_SLACK * parts.passing)
         else:
-            gaps = 0 if has_own_pages(architecture, work) else int(HEAP_GAPS * parts.passing)
-            overhead = CPU_OVERHEAD_BYTES + gaps
+            overhead = CPU_OVERHEAD_BYTES + int(_heap_gaps(architecture, work) * parts.passing)
         phases[name] = replace(parts, overhead=overhead)
     if work.device == "cpu":
         allocated = max(parts.total for parts in phases.values())
     return Prediction(phases, allocated)
 
 
-def has_own_pages(architecture: Architecture, work: Workload) -> bool:
-    """Whether a run on the CPU has tensors that are better kept out of the C heap: its micro-batch's hidden states."""
-    return work.tokens * architecture.hidden_size * DTYPE_BYTES[work.dtype] >= OWN_PAGES_FROM_BYTES
+def _heap_gaps(architecture: Architecture, work: Workload) -> float:
+    """None where a micro-batch's hidden states, and with them all that matters, have pages of their own."""
+    if work.tokens * architecture.hidden_size * DTYPE_BYTES[work.dtype] >= OWN_PAGES_FROM_BYTES:
+        return 0.0
+    return HEAP_GAPS_RECOMPUTED if work.gradient_checkpointing else HEAP_GAPS
 
 
 # ---- what stays
@@ -214,14 +215,17 @@ def _chunk_bytes(a: Architecture, w: Workload) -> int:
 
 
 def _rollouts(a: Architecture, w: Workload) -> dict[str, int]:
-    """The larger of the prefill, when all prompts go through a layer, and the last step, when the cache is full."""
+    """The larger of the prefill, when all prompts go through a layer, and the last step, when the cache is full.
+
+    The cache has room for the answers from the beginning (`cache.RoomyLayer`).
+    """
     size, batch = DTYPE_BYTES[w.dtype], w.rollout_batch_size
     prompts = ceil(batch / w.group_size)
     per_token = 16 * (_mlp_width(a) + a.hidden_size) if size == 4 else int(8.5 * _mlp_width(a) + 13 * a.hidden_size)
     prefill = prompts * w.prompt_tokens * per_token + _unpacked_bytes(a, w)
     logits = batch * a.vocab_size * 4 * LOGITS_COPIES
     growing = cache_bytes(a, 1, w.prompt_tokens + w.max_new_tokens, size) * batch // max(1, a.num_hidden_layers)
-    first = cache_bytes(a, prompts, w.prompt_tokens, size), prefill
+    first = cache_bytes(a, prompts, w.prompt_tokens + w.max_new_tokens, size), prefill
     last = cache_bytes(a, batch, w.prompt_tokens + w.max_new_tokens, size), logits + growing + _unpacked_bytes(a, w)
     cache, working = max(first, last, key=sum)
     return {"kv_cache": cache, "activations": working}
