@@ -80,7 +80,7 @@ def compare(case: Case, folder: Path, peers: Path, repeats: int, gflops: float) 
         "memory": middle["ours"]["peak_bytes"] / middle["theirs"]["peak_bytes"],
         "tokens_per_second": tokens / middle["ours"]["seconds"] if tokens else None,
         "of_floor": flops / (gflops * 1e9) / middle["ours"]["seconds"] if flops else None,
-        "losses_apart": max(apart) if apart and case.method not in ("grpo", "ppo", "kto") else None,
+        "losses_apart": max(apart) if apart and case.method in ("dpo", "reward", "sft") else None,
     }  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def work(case: Case, folder: Path) -> tuple[int, float]:
     order = json.loads((folder / "order.json").read_text())[case.rows]
     h, i, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     linear, adapter = layers * (4 * h * h + 3 * h * i), layers * RANK * (4 * 2 * h + 3 * (h + i))
-    scored, frozen = {"dpo": (True, 1), "sft": (True, 0), "reward": (False, 0)}[case.method]
+    scored, frozen = {"dpo": (True, 1), "sft": (True, 0), "sft_packed": (True, 0), "reward": (False, 0)}[case.method]
     tokens, flops = 0, 0.0
     for row in (rows[i] for i in order[case.batch : case.batch * case.steps]):
         prompt, *answers = (len(tokenizer(text)["input_ids"]) for text in row.values())

@@ -12,7 +12,7 @@ NEW_TOKENS, GROUP, PPO_EPOCHS = 64, 8, 4
 class Case:
     """One method at one precision with so many threads; the first step warms up and is not counted."""
 
-    method: str
+    method: str  # sft_packed: as sft, the peer with its packing
     quantize: str  # nf4 or none
     threads: int = 2
 
@@ -27,12 +27,12 @@ class Case:
 
     @property
     def rows(self) -> str:
-        return {"sft": "demonstrations", "kto": "unpaired", "grpo": "grpo", "ppo": "ppo"}.get(self.method, "pairs")
+        return {"sft": "demonstrations", "sft_packed": "demonstrations", "kto": "unpaired", "grpo": "grpo", "ppo": "ppo"}.get(self.method, "pairs")
 
     @property
     def batch(self) -> int:
         """Rows of a step: prompts, for GRPO and PPO."""
-        return {"sft": 8, "grpo": 1, "ppo": 8}.get(self.method, 4)
+        return {"sft": 8, "sft_packed": 8, "grpo": 1, "ppo": 8}.get(self.method, 4)
 
     @property
     def steps(self) -> int:
@@ -40,7 +40,8 @@ class Case:
 
     @property
     def unit(self) -> str:
-        return {"dpo": "pairs", "reward": "pairs", "grpo": "answers", "ppo": "episodes"}.get(self.method, "rows")
+        units = {"dpo": "pairs", "reward": "pairs", "grpo": "answers", "ppo": "episodes", "sft_packed": "tokens"}
+        return units.get(self.method, "rows")
 
     @property
     def per_row(self) -> int:
@@ -48,7 +49,7 @@ class Case:
 
     @property
     def micro_batch(self) -> dict[str, int]:
-        """Ours and the peer's, found by `bench.py --tune`."""
+        """Ours and the peer's."""
         return MICRO_BATCH.get(self.method, {"ours": 1, "theirs": 1})
 
 
@@ -60,7 +61,8 @@ MICRO_BATCH: dict[str, dict[str, int]] = {
     "ppo": {"ours": 8, "theirs": 8},
 }
 
-METHODS = ("dpo", "reward", "sft", "kto", "grpo", "ppo")
+METHODS = ("dpo", "reward", "sft", "sft_packed", "kto", "grpo", "ppo")
+PACKS = 2  # sequences of the whole context in a packed step: about the tokens of `batch` rows
 
 
 def cases() -> list[Case]:
@@ -69,8 +71,13 @@ def cases() -> list[Case]:
     return found + [Case(method, "none", 1) for method in ("dpo", "ppo")]
 
 
-def result(case: Case, marks: list[float], losses: list[float], peak: int, **more: Any) -> dict[str, Any]:
-    """One measurement: `marks` are the moments at which the first step and each later one ended."""
-    counted = (len(marks) - 1) * case.batch * case.per_row
+def result(
+    case: Case, marks: list[float], losses: list[float], peak: int, tokens: int = 0, **more: Any
+) -> dict[str, Any]:
+    """One measurement: `marks` are the moments at which the first step and each later one ended.
+
+    `tokens` of the counted steps, where the two sides cut the rows into other steps.
+    """
+    counted = tokens or (len(marks) - 1) * case.batch * case.per_row
     return {"case": case.name, "seconds": marks[-1] - marks[0], "units": counted,
             "per_second": counted / (marks[-1] - marks[0]), "peak_bytes": peak, "losses": losses, **more}  # fmt: skip

@@ -1,4 +1,4 @@
-"""One measurement of TRL, in a process of its own: bench_theirs.py CASE FOLDER [MICRO_BATCH] [packing]; JSON on stdout.
+"""One measurement of TRL, in a process of its own: bench_theirs.py CASE FOLDER [MICRO_BATCH]; JSON on stdout.
 
 TRL 1.16, or for PPO 1.12, whichever Python finds. The same rows in the same order, the same LoRA weights at the start,
 fp32 compute and fp32 adapters, no gradient checkpointing, no evaluation, nothing saved or reported. TRL turns the
@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import torch
-from bench_cases import BETA, GROUP, GRPO_BETA, LEARNING_RATE, NEW_TOKENS, PPO_EPOCHS, Case, result
+from bench_cases import BETA, GROUP, GRPO_BETA, LEARNING_RATE, NEW_TOKENS, PACKS, PPO_EPOCHS, Case, result
 from bench_reward import letters
 from datasets import Dataset
 from peft import LoraConfig, TaskType, inject_adapter_in_model
@@ -43,15 +43,19 @@ class Marks(TrainerCallback):
         self.at.append(time.perf_counter())
 
 
-def measure(case: Case, folder: Path, micro_batch: int, packing: bool) -> dict[str, Any]:
+def measure(case: Case, folder: Path, micro_batch: int) -> dict[str, Any]:
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5")
     marks = Marks()
-    trainer = (ppo if case.method == "ppo" else by_trainer)(case, folder, micro_batch, packing, marks)
+    trainer = (ppo if case.method == "ppo" else by_trainer)(case, folder, micro_batch, marks)
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return result(case, marks.at, losses, int(peak.split()[1]) * 1024 - before)
+    tokens = 0
+    if case.method == "sft_packed":
+        packs = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+        tokens = sum(packs[PACKS : PACKS * case.steps])
+    return result(case, marks.at, losses, int(peak.split()[1]) * 1024 - before, tokens)
 
 
 def common(case: Case, micro_batch: int) -> dict[str, Any]:
@@ -95,7 +99,7 @@ def begin_as_ours(model: Any, folder: Path) -> None:
                 parameter.copy_(start[key])
 
 
-def by_trainer(case: Case, folder: Path, micro_batch: int, packing: bool, marks: Marks) -> Any:
+def by_trainer(case: Case, folder: Path, micro_batch: int, marks: Marks) -> Any:
     import trl
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
@@ -107,9 +111,12 @@ def by_trainer(case: Case, folder: Path, micro_batch: int, packing: bool, marks:
     options = common(case, micro_batch) | {"max_steps": case.steps}
     options["gradient_accumulation_steps"] = case.batch // micro_batch
     extra: dict[str, Any] = {}
-    if case.method == "sft":
+    if case.method in ("sft", "sft_packed"):
         config, trainer = trl.SFTConfig, trl.SFTTrainer
+        packing = case.method == "sft_packed"
         options |= {"max_length": 1024, "completion_only_loss": True, "packing": packing, "packing_strategy": "bfd"}
+        if packing:
+            options["gradient_accumulation_steps"] = PACKS // micro_batch
     elif case.method == "reward":
         config, trainer = trl.RewardConfig, trl.RewardTrainer
         options |= {"max_length": 1024}
@@ -133,7 +140,7 @@ def by_trainer(case: Case, folder: Path, micro_batch: int, packing: bool, marks:
     return made
 
 
-def ppo(case: Case, folder: Path, micro_batch: int, _packing: bool, marks: Marks) -> Any:
+def ppo(case: Case, folder: Path, micro_batch: int, marks: Marks) -> Any:
     """Policy and value are adapters on a base of their own each, the reward model a third."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -164,4 +171,4 @@ if __name__ == "__main__":
     wanted = Case.named(sys.argv[1])
     size = int(sys.argv[3]) if len(sys.argv) > 3 else wanted.micro_batch["theirs"]
     torch.set_num_threads(wanted.threads)
-    print(json.dumps(measure(wanted, Path(sys.argv[2]), size, "packing" in sys.argv)))
+    print(json.dumps(measure(wanted, Path(sys.argv[2]), size)))
