@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Processes that share the tests.
 WORKERS ?= 2
 
-.PHONY: demo studio test check screenshots bench clean
+.PHONY: demo studio test torture check screenshots bench clean
 
 demo: $(VENV)/installed
 	@$(BIN)/lowrank-align demo
@@ -20,6 +20,12 @@ studio: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+# The faults of tests/torture in their hundreds, within 60 minutes on two cores; writes docs/reliability.md.
+torture: $(VENV)/installed-dev
+	@rm -rf .torture && mkdir .torture
+	@LOWRANK_TORTURE=$(CURDIR)/.torture $(BIN)/python -m pytest -q -n $(WORKERS) --dist load tests/torture $(FLAGS); \
+		ended=$$?; $(BIN)/python tests/torture/report.py .torture && exit $$ended
 
 # Ours beside TRL, in an environment of its own (about 40 minutes on two cores): docs/benchmarks.md. DATA is LLaMA-Factory's
 # data folder; a part of it with FLAGS: make bench FLAGS="--only dpo"

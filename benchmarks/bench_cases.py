@@ -27,7 +27,13 @@ class Case:
 
     @property
     def rows(self) -> str:
-        return {"sft": "demonstrations", "sft_packed": "demonstrations", "kto": "unpaired", "grpo": "grpo", "ppo": "ppo"}.get(self.method, "pairs")
+        return {
+            "sft": "demonstrations",
+            "sft_packed": "demonstrations",
+            "kto": "unpaired",
+            "grpo": "grpo",
+            "ppo": "ppo",
+        }.get(self.method, "pairs")
 
     @property
     def batch(self) -> int:

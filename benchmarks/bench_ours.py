@@ -38,7 +38,8 @@ def measure(case: Case, folder: Path, micro_batch: int) -> dict[str, Any]:
     before = resident_bytes()
     reset_peak(device)
     train(
-        case.method.removesuffix("_packed"), progress=Progress(quiet=True), model=str(folder / "model"), quantize=case.quantize, device="cpu",
+        case.method.removesuffix("_packed"), progress=Progress(quiet=True),
+        model=str(folder / "model"), quantize=case.quantize, device="cpu",
         out=str(out), rank=RANK, batch_size=case.batch, max_steps=case.steps, micro_batch_size=micro_batch, force=True,
         learning_rate=LEARNING_RATE, lr_schedule="constant", warmup_ratio=0.0, sample_steps=0, save_steps=1000,
         seed=0, **knobs(case, folder),
