@@ -2,7 +2,7 @@
 
 TRL 1.16, or for PPO 1.12, whichever Python finds. The same rows in the same order, the same LoRA weights at the start,
 fp32 compute and fp32 adapters, no gradient checkpointing, no evaluation, nothing saved or reported. TRL turns the
-adapters of a quantised base to bf16, which a CPU without bf16 arithmetic computes ten times slower: `adapters_in_fp32`
+adapters of a quantised base to bf16, which a CPU without bf16 arithmetic computes ten times slower: `begin_as_ours`
 turns them back, in the peer's favour.
 """
 
@@ -90,7 +90,7 @@ def begin_as_ours(model: Any, folder: Path) -> None:
     """Our start's LoRA weights and head, by name; adapters in fp32."""
     start = load_file(folder / "start" / "adapter_model.safetensors")
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+        if parameter.requires_grad:
             parameter.data = parameter.data.float()
         key = name.replace(".default", "").replace(".modules_to_save", "")
         key = key if key.startswith("base_model.model.") else f"base_model.model.{key}"
