@@ -86,8 +86,8 @@ def compare(case: Case, folder: Path, peers: Path, repeats: int, gflops: float) 
 
 def measured(case: Case, folder: Path, python: Path, side: str) -> dict[str, Any]:
     environment = os.environ | {
-        "OMP_NUM_THREADS": str(case.threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(case.threads), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000",
+        "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     if side == "theirs" and case.method == "ppo":
         environment["PYTHONPATH"] = str(python.parents[1] / "trl-ppo")
@@ -117,7 +117,7 @@ def work(case: Case, folder: Path) -> tuple[int, float]:
     A pass is 2 FLOPs a weight and token; the gradient of a frozen layer's input another, of an adapter's weights too.
     Attention counts the scores that are not masked, the head completion tokens alone.
     """
-    if case.method in ("kto", "grpo", "ppo"):
+    if case.method in ("dpo_top", "kto", "grpo", "ppo"):
         return 0, 0.0
     from transformers import AutoConfig, AutoTokenizer
 

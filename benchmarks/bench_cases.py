@@ -12,7 +12,7 @@ NEW_TOKENS, GROUP, PPO_EPOCHS = 64, 8, 4
 class Case:
     """One method at one precision with so many threads; the first step warms up and is not counted."""
 
-    method: str  # sft_packed: as sft, the peer with its packing
+    method: str  # sft_packed: as sft, the peer with its packing; dpo_top: ours with adapters on half of the layers
     quantize: str  # nf4 or none
     threads: int = 2
 
@@ -46,8 +46,8 @@ class Case:
 
     @property
     def unit(self) -> str:
-        units = {"dpo": "pairs", "reward": "pairs", "grpo": "answers", "ppo": "episodes", "sft_packed": "tokens"}
-        return units.get(self.method, "rows")
+        others = {"sft": "rows", "kto": "rows", "grpo": "answers", "ppo": "episodes", "sft_packed": "tokens"}
+        return others.get(self.method, "pairs")
 
     @property
     def per_row(self) -> int:
@@ -67,7 +67,8 @@ MICRO_BATCH: dict[str, dict[str, int]] = {
     "ppo": {"ours": 8, "theirs": 8},
 }
 
-METHODS = ("dpo", "reward", "sft", "sft_packed", "kto", "grpo", "ppo")
+METHODS = ("dpo", "dpo_top", "reward", "sft", "sft_packed", "kto", "grpo", "ppo")
+TOP_LAYERS = 3  # of 6
 PACKS = 2  # sequences of the whole context in a packed step: about the tokens of `batch` rows
 
 

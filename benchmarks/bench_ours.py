@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cases import BETA, GROUP, GRPO_BETA, LEARNING_RATE, NEW_TOKENS, PPO_EPOCHS, Case, result
+from bench_cases import BETA, GROUP, GRPO_BETA, LEARNING_RATE, NEW_TOKENS, PPO_EPOCHS, TOP_LAYERS, Case, result
 from bench_inputs import RANK
 
 import lowrank_align.methods.dpo
@@ -38,7 +38,7 @@ def measure(case: Case, folder: Path, micro_batch: int) -> dict[str, Any]:
     before = resident_bytes()
     reset_peak(device)
     train(
-        case.method.removesuffix("_packed"), progress=Progress(quiet=True),
+        case.method.partition("_")[0], progress=Progress(quiet=True),
         model=str(folder / "model"), quantize=case.quantize, device="cpu",
         out=str(out), rank=RANK, batch_size=case.batch, max_steps=case.steps, micro_batch_size=micro_batch, force=True,
         learning_rate=LEARNING_RATE, lr_schedule="constant", warmup_ratio=0.0, sample_steps=0, save_steps=1000,
@@ -59,6 +59,8 @@ def knobs(case: Case, folder: Path) -> dict[str, Any]:
                 "ppo_epochs": PPO_EPOCHS, "missing_eos_penalty": 0.0}  # fmt: skip
     if case.method == "reward":
         return {"data": rows, "centering_coefficient": 0.0}  # as TRL by default
+    if case.method == "dpo_top":
+        return {"data": rows, "beta": BETA, "lora_layers": TOP_LAYERS}
     return {"data": rows, **({"beta": BETA} if case.method in ("dpo", "kto") else {})}
 
 

@@ -127,7 +127,7 @@ def by_trainer(case: Case, folder: Path, micro_batch: int, marks: Marks) -> Any:
                     "gradient_accumulation_steps": GROUP // micro_batch, "shuffle_dataset": False,
                     "mask_truncated_completions": False, "use_bias_correction_kl": False}  # fmt: skip
     else:
-        config, trainer = {"dpo": (trl.DPOConfig, trl.DPOTrainer), "kto": (trl.KTOConfig, trl.KTOTrainer)}[case.method]
+        config, trainer = (trl.KTOConfig, trl.KTOTrainer) if case.method == "kto" else (trl.DPOConfig, trl.DPOTrainer)
         options |= {"max_length": 1024, "beta": BETA}
     made = trainer(
         model=model, args=config(**options), train_dataset=Dataset.from_list(rows_of(case, folder)),

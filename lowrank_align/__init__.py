@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from lowrank_align.train import train
 
 # On CPU, torch and bitsandbytes bring an OpenMP runtime each, whose waiting threads spin and steal each other's cores:
-# NF4 training is up to ten times slower then (docs/log.md). Read once, when torch is first imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# on busy cores NF4 training was ten times slower. Threads that sleep at once are slow too, as a step has thousands of
+# short parallel regions: they spin for some microseconds (docs/log.md). Read once, when torch is first imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 __version__ = "0.1.0"
 __all__ = ["Base", "__version__", "train"]

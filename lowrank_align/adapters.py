@@ -105,6 +105,13 @@ def check_targets(targets: list[str], config: Any) -> None:
             raise UserError(f"target_modules: {target}: no such linear layer{known}")
 
 
+def check_layers(count: int, config: Any) -> None:
+    """UserError where the base has fewer layers than are to be adapted."""
+    there = config.get_text_config().num_hidden_layers
+    if count > there:
+        raise UserError(f"lora_layers: {count} are more than the model has ({there})")
+
+
 def weights_sha256(start_from: str | Path) -> str:
     """The hash of an adapter's file, for `provenance.json`."""
     return folder_sha256([locate(start_from) / WEIGHTS])
@@ -136,11 +143,15 @@ def write_prompting(run: Path, answer_prefix: str) -> None:
     write_atomic(run / PROMPTING, json.dumps({"answer_prefix": answer_prefix}, ensure_ascii=False) + "\n")
 
 
-def size_of(start_from: str | Path) -> tuple[int, list[str] | None]:
-    """An adapter's rank, and the names of the layers that it sits on; None where its config has a pattern for them."""
+def size_of(start_from: str | Path) -> dict[str, Any]:
+    """An adapter's `rank`, `target_modules` (None where its config has a pattern) and `lora_layers`, as settings."""
     lora = _peft_config(locate(start_from))
-    targets = lora.target_modules
-    return lora.r, sorted(targets) if isinstance(targets, set | list) else None
+    targets, places = lora.target_modules, lora.layers_to_transform
+    return {
+        "rank": lora.r,
+        "target_modules": sorted(targets) if isinstance(targets, set | list) else None,
+        "lora_layers": len(places) if isinstance(places, list) else None,
+    }
 
 
 def read(start_from: str | Path, base_name: str, base_hash: str) -> Saved:

@@ -34,6 +34,7 @@ from lowrank_align.probe import choose_layout, choose_logits
 from lowrank_align.roles import BARE, BackwardInsideRole, Role, Visit
 from lowrank_align.scoring import LogitsHead, TokenScores, scalar_scores, scalar_values, token_logps, token_scores
 from lowrank_align.trees import Layout, TreeBatch, TreeRow, attention_mask, collate
+from lowrank_align.trunk import Trunk, top_layers
 from lowrank_align.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Base:
         self._backbone: Any = self.model.get_decoder()
         self._backbone.register_forward_hook(self._guard_output)
         self._dict_masks = bool(getattr(self.config, "layer_types", None))
+        self.trunk = Trunk(self._backbone, self.config.num_hidden_layers)
         # Attention piece by piece instead of under a mask; the probe takes it back where a family does not pass it on.
         self.in_pieces = self.device.type == "cpu" and self.config._attn_implementation == "sdpa"
         self.linear_names = _linear_names(self._backbone)
@@ -97,6 +99,7 @@ class Base:
         alpha: float | None = None,
         dropout: float = 0.0,
         target_modules: list[str] | None = None,
+        lora_layers: int | None = None,
         trainable: bool = True,
         head: bool = False,
         seed: int = 0,
@@ -105,8 +108,9 @@ class Base:
 
         `start_from` continues a saved adapter (a run's folder or a PEFT folder; rank and targets are the adapter's);
         `frozen_copy_of` is the reference that DPO and PPO need; `rank` makes a new adapter that begins as the bare
-        base; with none of the three the role *is* the bare base. `head` adds a scalar head, read from `start_from`
-        where that is a reward run, else drawn with std 1/sqrt(d+1) from `seed`.
+        base, on the top `lora_layers` layers alone where that is given; with none of the three the role *is* the bare
+        base. `head` adds a scalar head, read from `start_from` where that is a reward run, else drawn with std
+        1/sqrt(d+1) from `seed`.
         """
         if name == BARE or not name.isidentifier():
             raise UserError(f"role {name!r}: use a plain name (letters, digits, _) other than {BARE!r}")
@@ -121,6 +125,7 @@ class Base:
                 lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
                 lora_dropout=dropout,
                 target_modules=sorted(target_modules or self.linear_names),
+                layers_to_transform=self._top_layers(lora_layers),
             )
             role = self._inject(name, config, trainable, seed)
         else:
@@ -144,6 +149,7 @@ class Base:
         del self.roles[name]
         if role.adapter is not None:
             self._discard(role.adapter)
+        self.trunk.settle(list(self.roles.values()))
 
     @contextmanager
     def role(self, name: str) -> Iterator[Role]:
@@ -201,8 +207,13 @@ class Base:
             inputs = {"attention_mask": self._tree_mask(batch), "position_ids": batch.position_ids}
         else:
             inputs = {"attention_mask": (batch.segment_ids >= 0).long()}
-        with self.autocast():
-            return self._backbone(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
+
+        def forward() -> Tensor:
+            with self.autocast():
+                found: Tensor = self._backbone(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
+            return found
+
+        return self.trunk.run(batch, forward) if self.trunk.serves(self.active_role) else forward()
 
     def token_scores(self, batch: TreeBatch, *, temperature: float = 1.0) -> TokenScores:
         """Per-token log-probabilities (N, C) of the completions under the active role."""
@@ -368,6 +379,13 @@ class Base:
         for role in self.roles.values():
             for parameter in role.parameters.values():
                 parameter.requires_grad_(role.trainable)
+        self.trunk.settle(list(self.roles.values()))
+
+    def _top_layers(self, count: int | None) -> list[int] | None:
+        there = self.config.num_hidden_layers
+        if count is not None and count > there:
+            raise UserError(f"--lora-layers {count}: {self.name} has {there} layers")
+        return None if count is None else top_layers(count, there)
 
     def _takes_pieces(self, batch: TreeBatch) -> bool:
         window = getattr(self.config, "sliding_window", None)

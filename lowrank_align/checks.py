@@ -71,8 +71,11 @@ def check_adapters(settings: TrainSettings) -> None:
     given: list[tuple[str, adapters.Kind | None]] = []
     if settings.adapter is not None:
         given.append((settings.adapter, None if settings.method == "reward" else "policy"))
-    elif settings.target_modules:
-        adapters.check_targets(settings.target_modules, config)
+    else:
+        if settings.target_modules:
+            adapters.check_targets(settings.target_modules, config)
+        if settings.lora_layers:
+            adapters.check_layers(settings.lora_layers, config)
     for reward in settings.reward if isinstance(settings, OnlineSettings) else ():
         if is_function(reward):
             load_function(reward)

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,8 @@ class Loop:
         return figures | self.method.watch(figures)
 
     def _update(self, items: Sequence[Any], metrics: Metrics, step: int, update: int) -> tuple[float, float]:
-        """One optimiser step on `items`, in micro-batches; loss and gradient norm."""
+        """One optimiser step on `items`, in micro-batches of like lengths; loss and gradient norm."""
+        items = sorted(items, key=self.method.tokens, reverse=True)  # padding is computed like any token
 
         def accumulate(size: int) -> tuple[float, Metrics]:
             self.optimizer.zero_grad()
@@ -240,7 +242,7 @@ class Loop:
             end = min(end, self._rows_by_epochs)
         places = range((step - 1) * size, end)
         orders = {epoch: _order(self.settings.seed, epoch, count) for epoch in {i // count for i in places}}
-        return [self.rows[orders[i // count][i % count]] for i in places]
+        return [self.rows[int(orders[i // count][i % count])] for i in places]
 
     @property
     def _rows_by_epochs(self) -> int:
@@ -416,10 +418,10 @@ def _optimizer(method: Method[Any, Any]) -> torch.optim.Optimizer:
     return made
 
 
-def _order(seed: int, epoch: int, count: int) -> list[int]:
-    generator = generator_for(torch.device("cpu"), seed, epoch, "rows")
-    order: list[int] = torch.randperm(count, generator=generator).tolist()
-    return order
+@lru_cache(maxsize=2)  # a step's rows may be the end of one round and the beginning of the next
+def _order(seed: int, epoch: int, count: int) -> Tensor:
+    """(count,) the places of the rows in a round through the data."""
+    return torch.randperm(count, generator=generator_for(torch.device("cpu"), seed, epoch, "rows"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -30,6 +30,7 @@ from lowrank_align.skeleton import measure
 from lowrank_align.trees import TreeRow, longest_rows
 
 S = TypeVar("S", bound=TrainSettings)
+LONGEST_OF_LARGE = 256
 
 PLANNED = (
     "micro_batch_size", "rollout_batch_size", "gradient_checkpointing", "optimizer", "max_length", "max_new_tokens",
@@ -42,8 +43,7 @@ def plan_run(settings: TrainSettings, rows: Sequence[TreeRow], base: Base | None
     config = base.model.config if base else read_config(settings.model)
     architecture = measure(config, settings.model)
     if settings.adapter is not None:  # one that is continued keeps its own
-        rank, targets = adapters.size_of(settings.adapter)
-        settings = settings.model_copy(update={"rank": rank, "target_modules": targets})
+        settings = settings.model_copy(update=adapters.size_of(settings.adapter))
     longest = longest_rows(rows, 1)[0]
     lengths = [len(completion.ids) for completion in longest.completions]
     if isinstance(settings, OnlineSettings):
@@ -77,11 +77,11 @@ def budget_of(device: torch.device, base: Base | None = None) -> int:
 def rows_at(rows: Sequence[TreeRow], work: Workload, max_length: int) -> Workload | None:
     """The workload after `max_length` has cut completions and dropped rows whose prompt leaves no room; None: no row.
 
-    Rollouts become shorter in proportion.
+    Rollouts become shorter in proportion. Of a large file the longest rows are looked at.
     """
     new_tokens = work.max_new_tokens * max_length // work.max_length
     sizes = []
-    for row in rows:
+    for row in rows if isinstance(rows, list) else longest_rows(rows, LONGEST_OF_LARGE):
         room = max_length - len(row.prompt_ids)
         if room > 0 and (not work.max_new_tokens or 0 < new_tokens <= room):
             completions = [min(len(completion.ids), room) for completion in row.completions]
@@ -138,6 +138,8 @@ def _lost(plan: Plan, rows: Sequence[TreeRow]) -> str:
     if length is None:
         return ""
     new_tokens = max(1, plan.changes.get("max_new_tokens", plan.asked.max_new_tokens))
+    if not isinstance(rows, list):
+        return "; longer rows are cut, or give way to others"
     dropped = sum(len(row.prompt_ids) + new_tokens > length for row in rows)
     return f"; drops {dropped} of {len(rows)} rows and cuts others" if dropped else "; longer rows are cut"
 

@@ -51,6 +51,11 @@ class TreeRow:
     label: bool | None = None  # of an unpaired row: whether its completion is good
 
     @property
+    def tokens(self) -> int:
+        """Of the prompt and all completions."""
+        return len(self.prompt_ids) + sum(len(c.ids) for c in self.completions)
+
+    @property
     def ranks(self) -> list[int]:
         """1 for the completions that nothing beats, and so on; equal ranks where neither beats the other."""
         losers = [c.second if c.preference > 0.5 else c.first for c in self.comparisons if c.preference != 0.5]
@@ -58,8 +63,9 @@ class TreeRow:
 
 
 def longest_rows(rows: Sequence[TreeRow], count: int) -> list[TreeRow]:
-    """The rows with most tokens, the longest first."""
-    return sorted(rows, key=lambda row: -len(row.prompt_ids) - sum(len(c.ids) for c in row.completions))[:count]
+    """The rows with most tokens, the longest first; of rows that are not in memory, as near as they know."""
+    known = getattr(rows, "longest", None)
+    return known(count) if known else sorted(rows, key=lambda row: -row.tokens)[:count]
 
 
 @dataclass(frozen=True)

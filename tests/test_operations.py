@@ -188,6 +188,28 @@ def test_a_recomputed_pass_costs_one_more(
     assert found["flops"] == linear(2, 1) + adapter() + again + attention(2, 1) + head(1, 1)
 
 
+def test_roles_share_what_lies_below_their_adapters(
+    load_base: Callable[..., Any], random_row: Callable[..., TreeRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DPO on the top one of two layers: below, one pass for both roles; above, a pass each and the gradient.
+
+    The adapted layer's inputs want no gradient, and so neither do its queries, keys and values.
+    """
+    base = load_base("llama")
+    base.add_role("policy", rank=RANK, lora_layers=1)
+    base.add_role("reference")
+    batch = base.collate([random_row(PROMPT, CHOSEN, REJECTED)])
+    with counted(base, monkeypatch) as found:
+        with base.role("reference"):
+            base.token_logps(batch)
+        with base.role("policy"):
+            base.token_scores(batch).logps.sum().backward()
+    layers = 2 * TOKENS * (WEIGHTS // 2 * (1 + 2 + 1) - UNUSED_WEIGHTS)
+    adapted = 2 * TOKENS * RANK * (3 * ENDS // 2 - UNUSED_ENDS)
+    attended = (attention(1, 0) + attention(2, 1)) // 2
+    assert found["flops"] == layers + adapted + attended + head(2, 1)
+
+
 def test_answers_of_one_prompt_share_its_pass(
     load_base: Callable[..., Any], random_row: Callable[..., TreeRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ def workload_of(settings: PlanSettings, preset: Preset | None, architecture: Arc
         dtype=settings.dtype,
         rank=knobs.get("rank") or 16,
         target_modules=_known_layers(knobs.get("target_modules") or (), architecture),
+        lora_layers=_known_count(knobs.get("lora_layers"), architecture),
         micro_batch_size=rows,
         prompt_tokens=length - completion,
         completion_tokens=completion,
@@ -110,6 +111,12 @@ def _known_layers(targets: Sequence[str], architecture: Architecture) -> tuple[s
                 f"target_modules: {target}: no such linear layer{nearest(name, known)} (there are: {', '.join(known)})"
             )
     return tuple(names)
+
+
+def _known_count(lora_layers: int | None, architecture: Architecture) -> int | None:
+    if lora_layers and lora_layers > architecture.num_hidden_layers:
+        raise UserError(f"lora_layers: {lora_layers} are more than the model has ({architecture.num_hidden_layers})")
+    return lora_layers
 
 
 def _architecture(settings: PlanSettings, preset: Preset | None) -> Architecture:

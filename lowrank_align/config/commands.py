@@ -166,6 +166,8 @@ class PlanSettings(Settings):
     """LoRA's rank."""
     target_modules: list[str] | None = None
     """The linear layers that get an adapter, by name; without it, all of the decoder's."""
+    lora_layers: Positive | None = None
+    """Adapters on the top so many layers alone."""
     as_json: bool = False
     """Print the plan as one JSON object."""
 

@@ -80,6 +80,8 @@ class DPOSettings(TrainSettings):
     """Rows: a .jsonl, .json, .parquet (or gzipped) file, a folder of them, or a hub data set id."""
     learning_rate: Rate = 5e-5
     """The peak learning rate."""
+    cache_reference: bool = False
+    """Keep the reference's log-probs on disk: later rounds, and other runs from the same start, do not compute them."""
     beta: Rate = 0.1
     """Nearness to the reference: larger stays closer. SimPO wants about 2; ORPO's lambda is called beta here too."""
     loss: list[PairedLossName] = ["sigmoid"]

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from lowrank_align.config.knobs import Coefficient, Fraction, ModelSettings, NotNegative, Positive, Rate
 
-ADAPTERS_OWN = ("rank", "alpha", "target_modules")  # settings of a new adapter; a continued one has its own
+ADAPTERS_OWN = ("rank", "alpha", "target_modules", "lora_layers")  # a new adapter's; a continued one has its own
 
 
 class TrainSettings(ModelSettings):
@@ -67,6 +67,8 @@ class TrainSettings(ModelSettings):
     """Dropout on the adapter's input while training."""
     target_modules: list[str] | None = None
     """The linear layers that get an adapter, by name; without it, all of the decoder's."""
+    lora_layers: Positive | None = None
+    """Adapters on the top so many layers alone: what lies below is computed once for policy, reference and all."""
 
     log_steps: Positive = 1
     """A line in metrics.jsonl every so many steps."""

@@ -177,17 +177,21 @@ def _line_rows(name: str, content: bytes) -> Iterator[RawRow]:
     for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
-        where = f"{name}:{number}"
-        try:
-            text = line.decode("utf-8")
-            yield RawRow(where, text, _DECODER.decode(text))
-        except UnicodeDecodeError as error:
-            text = line.decode("utf-8", errors="backslashreplace")
-            yield RawRow(where, text, error=f"{where}: not UTF-8 (at byte {error.start} of the line), save it as UTF-8")
-        except json.JSONDecodeError as error:
-            yield RawRow(where, text, error=f"{where}: not JSON: {error.msg} (column {error.colno})")
-        except (RecursionError, ValueError) as error:
-            yield RawRow(where, text, error=f"{where}: not JSON: {_reason(error)}")
+        yield row_of_line(f"{name}:{number}", line)
+
+
+def row_of_line(where: str, line: bytes) -> RawRow:
+    """One line of JSON Lines, without its end."""
+    try:
+        text = line.decode("utf-8")
+        return RawRow(where, text, _DECODER.decode(text))
+    except UnicodeDecodeError as error:
+        text = line.decode("utf-8", errors="backslashreplace")
+        return RawRow(where, text, error=f"{where}: not UTF-8 (at byte {error.start} of the line), save it as UTF-8")
+    except json.JSONDecodeError as error:
+        return RawRow(where, text, error=f"{where}: not JSON: {error.msg} (column {error.colno})")
+    except (RecursionError, ValueError) as error:
+        return RawRow(where, text, error=f"{where}: not JSON: {_reason(error)}")
 
 
 def _array_rows(name: str, content: bytes) -> Iterator[RawRow]:

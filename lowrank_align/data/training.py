@@ -1,6 +1,6 @@
 """From a run's settings to its tokenised rows, with what was converted, cut, dropped or set aside told and listed."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,17 +8,19 @@ from lowrank_align.config import TrainSettings
 from lowrank_align.data.audit import check_rows
 from lowrank_align.data.chat import Rendered, RenderedRows, Renderer, render_all
 from lowrank_align.data.formats import Row, Shape
-from lowrank_align.data.load import Loaded, load_rows, split_off
+from lowrank_align.data.large import LargeFile, LargeTrees
+from lowrank_align.data.load import Loaded, LoadedLarge, drawn_places, load_rows, load_rows_of_any_size, split_off
 from lowrank_align.trees import TreeRow
 
 Tell = Callable[[str], None]  # prints one line that people should read
+WINDOW = 1000  # rows of a large file that are looked at before training as all rows of a small one are
 
 
 @dataclass(frozen=True)
 class TrainingRows:
     """What a run trains on and is evaluated on."""
 
-    rows: list[TreeRow]
+    rows: Sequence[TreeRow]
     eval_rows: list[TreeRow]
     sha256: str  # of the training data's source
     dropped: list[tuple[str, str]]  # (where, reason)
@@ -41,11 +43,12 @@ def training_rows(
     """
     held_out_bad = bad_rows.with_name(f"eval_{bad_rows.name}")
     segments = settings.compares_segments
-    loaded = load_rows(
+    loaded = load_rows_of_any_size(
         settings.rows, expect=shapes, skip_bad=bad_rows if settings.skip_bad else None, segments=segments
     )
     _tell_loaded(loaded, settings.rows, bad_rows, tell)
-    train, held_out = loaded.rows, list[Row]()
+    train: list[Row] | LargeFile = loaded.rows
+    held_out: list[Row] = []
     if settings.eval_data is not None:
         other = load_rows(
             settings.eval_data, expect=shapes, skip_bad=held_out_bad if settings.skip_bad else None, segments=segments
@@ -53,22 +56,30 @@ def training_rows(
         _tell_loaded(other, settings.eval_data, held_out_bad, tell)
         held_out = other.rows
     elif settings.eval_rows:
-        train, held_out = split_off(loaded.rows, settings.eval_rows, settings.seed)
-    rendered = render_all(render, train, skip_bad=bad_rows if settings.skip_bad else None)
-    _tell_rendered(rendered, len(train), settings.rows, settings.max_length, bad_rows, tell)
+        if isinstance(train, LargeFile):
+            train, held_out = train.split(drawn_places(len(train), settings.eval_rows, settings.seed))
+        else:
+            train, held_out = split_off(train, settings.eval_rows, settings.seed)
+    seen = train[:WINDOW] if isinstance(train, LargeFile) else train
+    rendered = render_all(render, seen, skip_bad=bad_rows if settings.skip_bad else None)
+    _tell_rendered(rendered, len(seen), settings.rows, settings.max_length, bad_rows, tell)
+    tree_rows: Sequence[TreeRow] = rendered.tree_rows
+    if isinstance(train, LargeFile):
+        tree_rows = LargeTrees(train, render, skip_bad=settings.skip_bad, tell=tell)
+        tell(f"{settings.rows}: {len(train):,} rows, tokenised when their turn comes; looked at before: {len(seen):,}")
     rendered_out = RenderedRows([])
     if held_out:
         rendered_out = render_all(render, held_out, skip_bad=held_out_bad if settings.skip_bad else None)
         _tell_rendered(
             rendered_out, len(held_out), settings.eval_data or "held-out rows", settings.max_length, held_out_bad, tell
         )
-    for line in check_rows(settings, renderer, train, rendered.tree_rows, held_out):
+    for line in check_rows(settings, renderer, seen, rendered.tree_rows, held_out):
         tell(line)
-    kept = f"training on {len(rendered.tree_rows)} rows"
+    kept = f"training on {len(tree_rows)} rows"
     tell(f"{kept}, {len(rendered_out.tree_rows)} held out" if held_out else kept)
     text, text_sha256 = _pretrain_rows(settings, renderer, bad_rows, tell)
     dropped = rendered.dropped + rendered_out.dropped + text.dropped
-    return TrainingRows(rendered.tree_rows, rendered_out.tree_rows, loaded.sha256, dropped, text.tree_rows, text_sha256)
+    return TrainingRows(tree_rows, rendered_out.tree_rows, loaded.sha256, dropped, text.tree_rows, text_sha256)
 
 
 def _pretrain_rows(
@@ -89,7 +100,7 @@ def _pretrain_rows(
     return rendered, loaded.sha256
 
 
-def _tell_loaded(loaded: Loaded, source: str, bad_rows: Path, tell: Tell) -> None:
+def _tell_loaded(loaded: Loaded | LoadedLarge, source: str, bad_rows: Path, tell: Tell) -> None:
     for name, count in loaded.conversions.items():
         tell(f"{source}: {count} rows read as {name}")
     if loaded.skipped:

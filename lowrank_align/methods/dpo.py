@@ -14,11 +14,12 @@ from lowrank_align.config import DPOSettings
 from lowrank_align.config.offline import LOSS_KNOBS, REFERENCE_FREE, SEGMENTS
 from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row, Shape
-from lowrank_align.methods.method import Method, Metrics, assert_policy_is_reference
+from lowrank_align.methods.method import Method, Metrics, Retry, assert_policy_is_reference
 from lowrank_align.objectives.paired import Side, by_preference, mean_per_row, outcome
 from lowrank_align.objectives.paired_losses import paired_loss
 from lowrank_align.objectives.ranked import MOST_TIED, TOO_MANY_TIES, most_tied, whole_orders
 from lowrank_align.objectives.segments import discounted_sum
+from lowrank_align.reference_cache import ReferenceCache
 from lowrank_align.scoring import TokenScores
 from lowrank_align.trees import Comparisons, TreeBatch, TreeRow, collate_comparisons
 
@@ -42,8 +43,10 @@ class DPO(Method[DPOSettings, TreeRow]):
 
     def add_roles(self) -> None:
         self.policy_from_settings()
+        self.known: ReferenceCache | None = None
         if self.settings.needs_reference:
             self.base.add_role("reference", frozen_copy_of="policy")
+            self.known = ReferenceCache(self.base, "reference") if self.settings.cache_reference else None
 
     # ---- step
 
@@ -53,7 +56,7 @@ class DPO(Method[DPOSettings, TreeRow]):
 
     def step(self, items: Sequence[TreeRow], weight: float, metrics: Metrics) -> Tensor:
         batch, pairs = self.base.collate(list(items)), collate_comparisons(items, self.base.device)
-        reference = self._reference_logps(batch)
+        reference = self._reference_logps(items, batch)
         with self.base.role("policy"):
             policy = self.base.token_scores(batch)
             answers = Side(policy.per_token_logps, batch.completion_mask, reference)
@@ -69,10 +72,12 @@ class DPO(Method[DPOSettings, TreeRow]):
         metrics.total("num_tokens", batch.num_tokens.sum())
         return loss.detach()
 
-    def _reference_logps(self, batch: TreeBatch) -> Tensor | None:
+    def _reference_logps(self, items: Sequence[TreeRow], batch: TreeBatch) -> Tensor | None:
         """(N, C) of all completions; None where no loss asks for it."""
         if not self.settings.needs_reference:
             return None
+        if self.known is not None:
+            return self.known.token_logps(items)
         with self.base.role("reference"):
             return self.base.token_logps(batch)
 
@@ -123,3 +128,8 @@ class DPO(Method[DPOSettings, TreeRow]):
     def check_start(self, rows: Sequence[TreeRow]) -> None:
         if self.settings.needs_reference:
             assert_policy_is_reference(self.base, rows)
+
+    def finish(self, rows: Sequence[TreeRow], retry: Retry) -> dict[str, float]:
+        if self.known is not None:
+            self.known.save()
+        return {}

@@ -133,6 +133,7 @@ class Method(ABC, Generic[SettingsT, Item]):
             alpha=s.alpha,
             dropout=s.lora_dropout,
             target_modules=s.target_modules,
+            lora_layers=s.lora_layers,
             head=head,
             seed=s.seed,
         )
@@ -147,6 +148,11 @@ class Method(ABC, Generic[SettingsT, Item]):
     def updates_per_step(self) -> int:
         """How many batches `round` yields."""
         return 1
+
+    def tokens(self, item: Item) -> int:
+        """Of one item, so that micro-batches are made of like lengths."""
+        row: Any = getattr(item, "row", item)
+        return int(row.tokens)
 
     @abstractmethod
     def weight(self, items: Sequence[Item]) -> float:

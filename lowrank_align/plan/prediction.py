@@ -124,7 +124,14 @@ def adapter_parameters(a: Architecture, w: Workload) -> int:
 
 
 def _adapted(a: Architecture, w: Workload) -> list[Linear]:
-    return [layer for layer in a.linear_layers() if not w.target_modules or layer.name in w.target_modules]
+    share = _trained_layers(a, w) / a.num_hidden_layers
+    found = [layer for layer in a.linear_layers() if not w.target_modules or layer.name in w.target_modules]
+    return [layer._replace(layers=ceil(layer.layers * share)) for layer in found]
+
+
+def _trained_layers(a: Architecture, w: Workload) -> int:
+    """The layers that have adapters, all at the top; autograd keeps nothing of those below."""
+    return min(w.lora_layers or a.num_hidden_layers, a.num_hidden_layers)
 
 
 # ---- a training pass
@@ -133,13 +140,14 @@ def _adapted(a: Architecture, w: Workload) -> list[Linear]:
 def _training(a: Architecture, w: Workload) -> dict[str, int]:
     size, tokens, h = DTYPE_BYTES[w.dtype], w.tokens, a.hidden_size
     mask = 0 if w.layout == "flat" else tokens * w.row_tokens * (size + 1)
-    kept_per_token = _kept_per_token(a, w)
+    kept_per_token, trained = _kept_per_token(a, w), _trained_layers(a, w)
     if w.gradient_checkpointing:
-        kept = a.num_hidden_layers * h * size * tokens
-        layer = (kept_per_token // a.num_hidden_layers + _layer_transient(a, size, recomputed=True)) * tokens
+        kept = trained * h * size * tokens
+        layer = (kept_per_token // trained + _layer_transient(a, size, recomputed=True)) * tokens
     else:
         kept = kept_per_token * tokens
         layer = _layer_transient(a, size, recomputed=False) * tokens
+    kept += tokens * h * size * (trained < a.num_hidden_layers)  # what the layers below have made of the batch
     # The backward pass begins with the head and the last norm, and frees what they kept before it comes to the layers.
     ends = tokens * h * (4 + size) + w.scored_tokens * h * (4 + size)
     chunk = _chunk_bytes(a, w) * CHUNK_COPIES if speaks(w.method) else 0
@@ -151,7 +159,7 @@ def _training(a: Architecture, w: Workload) -> dict[str, int]:
 def _kept_per_token(a: Architecture, w: Workload) -> int:
     """Bytes that autograd keeps of every token, of all layers."""
     size, h, q, kv = DTYPE_BYTES[w.dtype], a.hidden_size, a.query_width, a.key_value_width
-    count = a.num_hidden_layers
+    count = _trained_layers(a, w)
     norms = 4 * (a.norms_per_layer * h + (q + kv if a.normalises_queries else 0))  # in fp32, whatever the precision
     attention = 4 * q * size + 4 * a.num_attention_heads  # query, key and value for every head, output; the log-sums
     width = _mlp_width(a)
@@ -172,7 +180,7 @@ def _lora_inputs(a: Architecture, w: Workload) -> int:
     shared: dict[tuple[str, int], int] = {}
     for layer in adapted:
         shared[(_reads(layer.name), layer.inputs)] = layer.inputs * layer.layers
-    return rank + sum(shared.values()) * size - a.query_width * a.num_hidden_layers * size * _adapts_output(adapted)
+    return rank + sum(shared.values()) * size - a.query_width * _trained_layers(a, w) * size * _adapts_output(adapted)
 
 
 def _reads(name: str) -> str:

@@ -31,6 +31,7 @@ class Workload:
     device: Literal["gpu", "cpu"] = "gpu"
     rank: int = 16
     target_modules: tuple[str, ...] = ()  # by name; none: every linear layer
+    lora_layers: int | None = None  # the top so many layers; None: all
     micro_batch_size: int = 2
     prompt_tokens: int = 512  # of the longest row
     completion_tokens: int = 512  # of each of its completions
@@ -87,6 +88,7 @@ def work_of(
         device=device,
         rank=settings.rank,
         target_modules=tuple(name.rsplit(".", 1)[-1] for name in settings.target_modules or ()),
+        lora_layers=settings.lora_layers,
         micro_batch_size=settings.micro_batch_size,
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,

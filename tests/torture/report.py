@@ -45,7 +45,13 @@ def tables(rows: list[dict[str, Any]]) -> list[str]:
             total["held"], total["of"] = total["held"] + row["held"], total["of"] + row["of"]
             total["notes"] += [row["note"]] if row["note"] and row["note"] not in total["notes"] else []
         if found:
-            lines += ["", f"### {section}", "", "| fault | promise | held | of | |", "| --- | --- | ---: | ---: | --- |"]
+            lines += [
+                "",
+                f"### {section}",
+                "",
+                "| fault | promise | held | of | |",
+                "| --- | --- | ---: | ---: | --- |",
+            ]
         for (fault, promise), total in found.items():
             held = f"{total['held']:,}" if total["held"] == total["of"] else f"**{total['held']:,}**"
             lines.append(f"| {fault} | {promise} | {held} | {total['of']:,} | {'; '.join(total['notes'])} |")
