@@ -100,7 +100,7 @@ def _start(folder: Path, counts: dict[str, int]) -> None:
     base = Base.load(str(folder / "model"), quantize="none", device="cpu")
     base.add_role("policy", rank=RANK, head=True, seed=0)
     base.save_role("policy", folder / "start", as_reward=True)
-    orders = {name: _order(0, 0, count) for name, count in counts.items()}
+    orders = {name: _order(0, 0, count).tolist() for name, count in counts.items()}
     (folder / "order.json").write_text(json.dumps(orders))
 
 
