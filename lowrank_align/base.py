@@ -236,6 +236,10 @@ class Base:
         head = self._head()
         return (scalar_values(self.hidden_states(batch), batch, head) - self.active_role.shift) * batch.token_mask
 
+    def dense_copies(self) -> AbstractContextManager[None]:
+        """Small quantised weights unpacked once for many passes, on a CPU; see `lora.dense_copies`."""
+        return lora.dense_copies(self._lora_layers if self.compute_dtype == torch.float32 else ())
+
     def autocast(self) -> AbstractContextManager[Any]:
         """16-bit arithmetic with fp32 LoRA weights on GPUs; nothing on CPU."""
         if self.compute_dtype == torch.float32:

@@ -5,12 +5,16 @@ again to be added, and the same in the backward pass. Here the matrix products t
 the place of a layer's forward where the layer is plain (see `_plain`); everything else stays PEFT's.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+
+DENSE_COPIES_BYTES = 2**30
 
 
 def speed_up(layer: LoraLayer) -> None:
@@ -51,9 +55,31 @@ def dense_weight(base: Any) -> Tensor:
     """(out, in) a frozen layer's weight as the matrix product takes it."""
     if type(base) is nn.Linear:
         return base.weight
+    if (copy := vars(base).get("dense_copy")) is not None:
+        return copy  # type: ignore[no-any-return]
     import bitsandbytes.functional as bnb
 
     return bnb.dequantize_4bit(base.weight, base.weight.quant_state).to(torch.float32)
+
+
+@contextmanager
+def dense_copies(layers: Iterable[LoraLayer]) -> Iterator[None]:
+    """Unpack NF4 layers on a CPU once for all that happens inside, where they are small enough.
+
+    An answer's every token takes all weights, and unpacking them costs ten times the product with a few rows.
+    """
+    packed = [base for layer in layers if type(base := layer.get_base_layer()).__name__ == "Linear4bit"]
+    on_cpu = all(base.weight.device.type == "cpu" for base in packed)
+    if not on_cpu or sum(4 * base.in_features * base.out_features for base in packed) > DENSE_COPIES_BYTES:
+        yield
+        return
+    for base in packed:
+        base.dense_copy = dense_weight(base)
+    try:
+        yield
+    finally:
+        for base in packed:
+            del base.dense_copy
 
 
 def _adapted(rows: Tensor, base: Any, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ def sample(
     repetition penalty, whatever the model's own generation settings say. `generator` lives on the base's device.
     """
     found: dict[int, list[Rollout]] = {}
-    with inference(base):
+    with inference(base), base.dense_copies():
         for chunk in _chunks(base, prompts, max(1, batch_size // completions_per_prompt)):
             sampler = _Sampler(temperature, top_p, generator, partial(base.turns.give_way, SLICE_SECONDS))
             for copies in _shares(completions_per_prompt, batch_size):

@@ -84,3 +84,38 @@ def test_gradients_in_double_precision() -> None:
     assert torch.autograd.gradcheck(lambda *inputs: lora._Adapted.apply(inputs[0], base, *inputs[1:], 0.7), (x, a, b))
     expected = base(x) + 0.7 * (x @ a.T @ b.T)
     torch.testing.assert_close(lora._Adapted.apply(x, base, a, b, 0.7), expected)
+
+
+def test_rollouts_unpack_nf4_once(
+    load_base: Callable[..., Any], random_row: Callable[..., TreeRow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same answers as with weights unpacked for every token; nothing is left behind, and nothing done where the
+    copies would be too large."""
+    import bitsandbytes.functional as bnb
+
+    from lowrank_align.rollout import generator_for, sample
+
+    base = load_base("llama", quantize="nf4")
+    base.add_role("policy", rank=4)
+    unpacked: list[int] = []
+    plain = bnb.dequantize_4bit
+
+    def counted(*arguments: Any, **named: Any) -> torch.Tensor:
+        unpacked.append(1)
+        return plain(*arguments, **named)
+
+    monkeypatch.setattr(bnb, "dequantize_4bit", counted)
+
+    def draw() -> tuple[list[list[int]], int]:
+        unpacked.clear()
+        with base.role("policy"):
+            generator = generator_for(base.device, 0, "draw")
+            found = sample(base, [[5, 6, 7]], end_ids=[2], max_new_tokens=6, generator=generator)
+        return [rollout.ids for rollout in found[0]], len(unpacked)
+
+    answers, once = draw()
+    assert once == len(base._lora_layers)
+    assert not any("dense_copy" in vars(layer.get_base_layer()) for layer in base._lora_layers)
+    monkeypatch.setattr(lora, "DENSE_COPIES_BYTES", 1)
+    again, often = draw()
+    assert again == answers and often == once * len(answers[0])

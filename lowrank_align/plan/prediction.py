@@ -24,6 +24,7 @@ GPU_CONTEXT_BYTES = int(0.5 * GIB)  # CUDA's own: context, kernels, workspaces o
 GPU_SLACK = 0.05  # of what comes and goes: the allocator's rounding and gaps
 WORKSPACE_BYTES = 32 * 2**20  # cuBLAS's, which torch counts as allocated
 CPU_OVERHEAD_BYTES = 62 * 10**6  # beside a process's tensors: code paged in, the matrix library's buffers
+DENSE_COPIES_BYTES = 2**30  # lora.DENSE_COPIES_BYTES: up to here NF4 weights lie unpacked beside rollouts on a CPU
 OWN_PAGES_FROM_BYTES = 2**22  # on a CPU, tensors of this size have pages of their own (memory.steady_heap)
 HEAP_GAPS, HEAP_GAPS_RECOMPUTED = 0.45, 2.1  # smaller ones lie in the C heap: its gaps, of what comes and goes
 
@@ -230,13 +231,16 @@ def _rollouts(a: Architecture, w: Workload) -> dict[str, int]:
     size, batch = DTYPE_BYTES[w.dtype], w.rollout_batch_size
     prompts = ceil(batch / w.group_size)
     per_token = 16 * (_mlp_width(a) + a.hidden_size) if size == 4 else int(8.5 * _mlp_width(a) + 13 * a.hidden_size)
+    weights = sum(layer.parameters for layer in a.linear_layers()) * size
+    unpacked = trains(w.method) and w.device == "cpu" and w.quantize == "nf4" and weights <= DENSE_COPIES_BYTES
+    copies = weights if unpacked else 0
     prefill = prompts * w.prompt_tokens * per_token + _unpacked_bytes(a, w)
     logits = batch * a.vocab_size * 4 * LOGITS_COPIES
     growing = cache_bytes(a, 1, w.prompt_tokens + w.max_new_tokens, size) * batch // max(1, a.num_hidden_layers)
     first = cache_bytes(a, prompts, w.prompt_tokens + w.max_new_tokens, size), prefill
     last = cache_bytes(a, batch, w.prompt_tokens + w.max_new_tokens, size), logits + growing + _unpacked_bytes(a, w)
     cache, working = max(first, last, key=sum)
-    return {"kv_cache": cache, "activations": working}
+    return {"kv_cache": cache, "activations": working + copies}
 
 
 def cache_bytes(a: Architecture, batch: int, tokens: int, size: int) -> int:

@@ -31,7 +31,6 @@ class Workload:
     device: Literal["gpu", "cpu"] = "gpu"
     rank: int = 16
     target_modules: tuple[str, ...] = ()  # by name; none: every linear layer
-    lora_layers: int | None = None  # the top so many layers; None: all
     micro_batch_size: int = 2
     prompt_tokens: int = 512  # of the longest row
     completion_tokens: int = 512  # of each of its completions
@@ -45,6 +44,7 @@ class Workload:
     trained_adapters: int = 1
     layout: Literal["tree", "flat"] = "tree"
     max_length: int = 0  # what rows are cut to; 0: the longest row as it is
+    lora_layers: int | None = None  # adapters on the top so many layers; None: on all
 
     def __post_init__(self) -> None:
         if not self.max_length:

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowrank_align import memory, scoring
+from lowrank_align import lora, memory, scoring
 from lowrank_align.architecture import Architecture
 from lowrank_align.plan import GIB, Workload, adapter_parameters, cache_bytes, predict
 from lowrank_align.plan import prediction as module
@@ -104,6 +104,7 @@ def test_a_chunk_of_logits_is_64_mib_whatever_the_length() -> None:
 
 def test_constants_are_those_of_the_code() -> None:
     assert module.CHUNK_BYTES == scoring.CHUNK_BYTES
+    assert module.DENSE_COPIES_BYTES == lora.DENSE_COPIES_BYTES
     assert module.OWN_PAGES_FROM_BYTES == memory.OWN_PAGES_FROM_BYTES
 
 
