@@ -76,13 +76,13 @@ class Server:
             if error.code in MAY_PASS or error.code >= 500:
                 raise NoReply(f"no reply (HTTP {error.code})", said) from None
             raise Refused(error.code, said) from None
-        except (http.client.HTTPException, ValueError) as error:  # ValueError: a host's name that cannot be one
-            raise NoReply(f"no reply (not HTTP: {type(error).__name__})") from None
         except OSError as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
                 raise NoReply(f"no reply within {seconds:g} s") from None
             raise NoReply(f"no reply ({getattr(reason, 'strerror', None) or reason})") from None
+        except (http.client.HTTPException, ValueError) as error:  # ValueError: a host's name that cannot be one
+            raise NoReply(f"no reply (not HTTP: {type(error).__name__})") from None
 
     def _said(self, error: urllib.error.HTTPError) -> str:
         """The message in an error's body, in one line of plain characters; none that repeats the key."""

@@ -351,7 +351,7 @@ def test_a_full_disk(served: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "rename", full)
-    with pytest.raises(EnvironmentProblem, match="could not write the server's adapter: No"):
+    with pytest.raises(EnvironmentProblem, match="could not write the server's adapter: No space left"):
         method.roll_out(rows, 1, no_retry)
 
 
@@ -363,10 +363,8 @@ def test_in_the_middle_the_steps_before_are_kept(run: Callable[..., Path], serve
     server.trouble = lambda path, body: cut if len(server.paths("/v1/completions")) > 4 and body.get("prompt") else None
     with pytest.raises(EnvironmentProblem) as raised:
         run("grpo", PROMPTS, "run", **knobs)
-    assert str(raised.value) == (
-        f"--rollout-server: {server.address}: no reply (not the JSON of a completion), 3 times; step 2 of 4 is saved,"
-        " the same command with --resume goes on"
-    )
+    assert str(raised.value).startswith(f"--rollout-server: {server.address}: no reply (not ")
+    assert str(raised.value).endswith(", 3 times; step 2 of 4 is saved, the same command with --resume goes on")
     server.reset()
     assert outcome(run("grpo", PROMPTS, "run", resume=True, **knobs)) == whole
 

@@ -57,7 +57,7 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
         self.group_size: int = getattr(settings, "group_size", 1)  # answers a prompt
         self.watch_for_hacking = HackingWatch()
         self.said_unwatched = self.said_equal = False
-        self.served = None  # who draws the rollouts, where it is a server
+        self.served: ServedRollouts | None = None  # who draws the rollouts, where it is a server
         if settings.rollout_server is not None:
             self.served = ServedRollouts(settings, self.group_size, renderer.end_ids)
 

@@ -116,6 +116,8 @@ class RolloutServer:
             try:
                 temporary.rename(self.folder / name)
             except OSError:  # there from before, or by another process of the run
+                if not (self.folder / name).is_dir():
+                    raise
                 if name_of(self.folder / name) != name:
                     shutil.rmtree(self.folder / name)
                     temporary.rename(self.folder / name)
