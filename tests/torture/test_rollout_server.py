@@ -60,6 +60,19 @@ def train(run: Callable[..., Path], server: SmallServer) -> Callable[..., Any]:
     return train_it
 
 
+@pytest.fixture(scope="module")
+def kept() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def whole(kept: dict[str, Any], train: Callable[..., Any]) -> Any:
+    """What a run comes to that nothing disturbs; the same whatever the folder, so once for all."""
+    if not kept:
+        kept["whole"] = train("whole")
+    return kept["whole"]
+
+
 def from_request(server: SmallServer, first: int, trouble: Trouble, *, for_times: int) -> None:
     """From the `first` request for answers on, `trouble` for so many requests."""
     seen = 0
@@ -78,12 +91,13 @@ def from_request(server: SmallServer, first: int, trouble: Trouble, *, for_times
 def test_a_fault_that_passes(
     kind: str,
     train: Callable[..., Any],
+    whole: Any,
     server: SmallServer,
     times: Callable[[int, int], int],
     tally: Callable[..., None],
 ) -> None:
     """One request or two fail, wherever in the run; asked again, it ends as if nothing had been."""
-    draw, whole = random.Random(kind), train("whole")
+    draw = random.Random(kind)
     held, count = 0, times(1, 20)
     for i in range(count):
         server.reset()
@@ -97,12 +111,13 @@ def test_a_fault_that_passes(
 def test_a_fault_that_stays(
     kind: str,
     train: Callable[..., Any],
+    whole: Any,
     server: SmallServer,
     times: Callable[[int, int], int],
     tally: Callable[..., None],
 ) -> None:
     """The step is not taken, what was done is saved, one line says what it is; mended and resumed, the same bytes."""
-    draw, whole = random.Random(kind + "stays"), train("whole")
+    draw = random.Random(kind + "stays")
     held, count, code = 0, times(1, 15), 2 if kind in LASTING else 3
     for i in range(count):
         server.reset()
@@ -124,10 +139,14 @@ def test_a_fault_that_stays(
 
 
 def test_a_server_that_is_started_anew(
-    train: Callable[..., Any], server: SmallServer, times: Callable[[int, int], int], tally: Callable[..., None]
+    train: Callable[..., Any],
+    whole: Any,
+    server: SmallServer,
+    times: Callable[[int, int], int],
+    tally: Callable[..., None],
 ) -> None:
     """It has forgotten the adapter, at a random request: it gets it again, and the run ends as if nothing had been."""
-    draw, whole = random.Random("anew"), train("whole")
+    draw = random.Random("anew")
     held, count = 0, times(2, 40)
     for i in range(count):
         server.reset()
