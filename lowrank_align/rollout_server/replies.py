@@ -57,7 +57,7 @@ class Reader:
             )
         end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
         if end is None and reason == "stop":  # a server that leaves the end token out
-            stop = choice.get("stop_reason")
+            stop: Any = choice.get("stop_reason")
             ids, end = [*ids, stop if stop in self.end_ids else self.end_ids[0]], len(ids)
         ids = ids if end is None else ids[: end + 1]
         if not 0 < len(ids) <= self.most_tokens:
