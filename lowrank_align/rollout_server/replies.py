@@ -57,8 +57,9 @@ class Reader:
             )
         end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
         if end is None and reason == "stop":  # a server that leaves the end token out
-            stop: Any = choice.get("stop_reason")
-            ids, end = [*ids, stop if stop in self.end_ids else self.end_ids[0]], len(ids)
+            stop: Any = choice.get("stop_reason")  # a token, or a text
+            last: int = stop if stop in self.end_ids else self.end_ids[0]
+            ids, end = [*ids, last], len(ids)
         ids = ids if end is None else ids[: end + 1]
         if not 0 < len(ids) <= self.most_tokens:
             raise NoReply(f"an answer of {len(ids)} tokens where at most {self.most_tokens} were asked for")
