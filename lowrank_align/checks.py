@@ -19,6 +19,7 @@ from lowrank_align.loading import check_device, model_folder, read_config
 from lowrank_align.plan import size_bytes
 from lowrank_align.provenance import read_provenance, weights_hash
 from lowrank_align.rewards import load_function
+from lowrank_align.rollout_server import RolloutServer
 from lowrank_align.runs import check_place, read_state
 
 log = logging.getLogger(__name__)
@@ -27,10 +28,11 @@ ROOM_BYTES = 64 * 2**20  # below this much free disk no run is begun
 INPUTS = ("model", "adapter", "reward", "data", "prompts", "eval_data", "pretrain_data", "chat_template")
 
 # What may differ between a run and its resumption: how far it goes (with it the rate's schedule), how often it
-# reports, and what of it is in memory at once.
+# reports, what of it is in memory at once, and where a rollout server is to be found.
 RESUMABLE_CHANGES = {
     "max_steps", "epochs", "micro_batch_size", "log_steps", "eval_steps", "sample_steps",
     "save_steps", "keep_checkpoints", "report_to", "device", "early_stopping", "out",
+    "rollout_server", "rollout_server_key_env", "rollout_server_prompts", "rollout_server_seconds",
 }  # fmt: skip
 
 
@@ -83,6 +85,12 @@ def check_adapters(settings: TrainSettings) -> None:
             given.append((reward, "reward"))
     for start, kind in given:
         adapters.check_before_load(start, kind, settings.model, weights_hash(folder), config)
+
+
+def check_rollout_server(settings: TrainSettings) -> None:
+    """That a server which is to draw the rollouts is there and takes the key."""
+    if isinstance(settings, OnlineSettings) and settings.rollout_server is not None:
+        RolloutServer(settings).check()
 
 
 def finished_before(settings: TrainSettings, out: Path) -> dict[str, Any] | None:

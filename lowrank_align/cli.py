@@ -35,6 +35,7 @@ GROUPS = {
     "ModelSettings": "the model",
     "TrainSettings": "training",
     "OnlineSettings": "answers and what they are worth",
+    "SamplerSettings": "rollouts from a server",
     "RowsSettings": "rows",
     "ReadingSettings": "rows",
     "DataSettings": "the store",

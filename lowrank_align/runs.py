@@ -25,8 +25,9 @@ log = logging.getLogger(__name__)
 
 LOCK, STATE, CONFIG, METRICS, SAMPLES = ".lock", "run.json", "config.yaml", "metrics.jsonl", "samples.jsonl"
 SUBFOLDERS = ("adapter", "value", "checkpoints", "plots")
+SERVED = "rollout_adapters"  # what a rollout server has loaded, while it has
 OTHERS = ("provenance.json", "reward.json", "README.md", "bad_rows.jsonl", "eval_bad_rows.jsonl", "dropped_rows.jsonl")
-KNOWN_ENTRIES = {LOCK, STATE, CONFIG, METRICS, SAMPLES, *OTHERS, *SUBFOLDERS}
+KNOWN_ENTRIES = {LOCK, STATE, CONFIG, METRICS, SAMPLES, SERVED, *OTHERS, *SUBFOLDERS}
 STATES = ("running", "finished", "stopped")
 
 

@@ -21,6 +21,7 @@ from lowrank_align.checks import (
     check_inputs_stay,
     check_machine,
     check_resumable,
+    check_rollout_server,
     finished_before,
 )
 from lowrank_align.config import ADAPTERS_OWN, METHODS, OnlineSettings, TrainSettings, resolve, to_yaml
@@ -80,6 +81,7 @@ def train(
     check_machine(settings, out)
     check_inputs_stay(settings, out)
     check_adapters(settings)
+    check_rollout_server(settings)
     tokenizer, context = (base.tokenizer, base.context_tokens) if base else read_tokenizer(settings.model)
     if settings.max_length > context:
         if "max_length" in settings.model_fields_set:
@@ -143,6 +145,7 @@ def _run(
         figures = loop.run()
     finally:
         progress.close()
+        method.close()
         method.base.enable_checkpointing(False)  # evaluation mode too, for whoever uses the base next
     figures |= method.finish(rows.rows, loop.retry)
     if prefix := method.renderer.answer_prefix:

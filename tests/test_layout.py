@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # its submodules. The package root stands outside: it is the façade, which all may ask for `__version__`.
 LAYERS: dict[str, list[str]] = {
     "errors": ["errors"],
-    "settings": ["locks", "config", "architecture", "hub", "presets", "plan", "ratings", "store"],
+    "settings": ["locks", "servers", "config", "architecture", "hub", "presets", "plan", "ratings", "store"],
     "tensors": ["tensors", "trees", "objectives"],
     "a run": ["memory", "checkpoint", "doctor", "provenance", "runs", "listing", "plots", "progress", "stopping"],
     "the base and its rows": [
@@ -42,7 +42,16 @@ LAYERS: dict[str, list[str]] = {
         "turns",
         "base",
     ],
-    "around the base": ["preset_check", "rollout", "reference_cache", "pairs", "rewards", "conversation", "export"],
+    "around the base": [
+        "preset_check",
+        "rollout",
+        "rollout_server",
+        "reference_cache",
+        "pairs",
+        "rewards",
+        "conversation",
+        "export",
+    ],
     "methods": ["methods"],
     "training": ["preflight", "loop", "checks", "train"],
     "evaluation": ["evaluate"],

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lowrank_align.config.knobs import Coefficient, Finite, Fraction, NotNegative, Positive, Rate
+from lowrank_align.config.sampler import SamplerSettings
 from lowrank_align.config.training import TrainSettings
 
 
@@ -14,7 +15,7 @@ def is_function(reward: str) -> bool:
     return bool(function) and all(part.isidentifier() for part in (*module.split("."), function))
 
 
-class OnlineSettings(TrainSettings):
+class OnlineSettings(SamplerSettings):
     """What all methods that sample answers share."""
 
     rows_field = "prompts"

@@ -1,31 +1,25 @@
 """A judge behind an address: an OpenAI-compatible chat completions server that the user names.
 
-Prompts and answers are sent there. The key comes from the environment variable LOWRANK_JUDGE_KEY and stays in memory:
-it is in no setting, file, log or message, it is not sent on when a server redirects, and never unencrypted to another
-machine.
+Prompts and answers are sent there, with the key in the environment variable LOWRANK_JUDGE_KEY (see `servers`).
 """
 
 import json
-import os
 import re
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.evaluate.outcomes import Outcome
+from lowrank_align.servers import NoReply, Refused, Server
 
 KEY = "LOWRANK_JUDGE_KEY"
 AT_ONCE = 4
 ATTEMPTS = 2
 REPLY_TOKENS = 1024
 REPLY_BYTES = 2**20
-LOCAL = ("localhost", "127.0.0.1", "::1")
 
 # After the GPT-4 prompts "(S)" and "(C)" of Rafailov et al. 2023 (arXiv 2305.18290, appendix C.2), which are about
 # summaries; the words about summaries are ours about answers.
@@ -71,17 +65,9 @@ class ChatJudge:
     troubles: Counter[str] = field(default_factory=Counter)  # questions without a verdict, by why
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.address)
-        if not parts.hostname:
-            raise UserError(f"--judge: {self.address}: no host in the address")
-        if parts.username or parts.password:
-            raise UserError(f"--judge: a key does not belong into the address; put it into the variable {KEY}")
-        self._key = os.environ.get(KEY, "").strip()
-        if self._key and parts.scheme == "http" and parts.hostname not in LOCAL:
-            raise UserError(f"--judge: {self.address}: {KEY} is sent over https only, or to this machine; use https://")
-        path = parts.path.rstrip("/")
-        self._url = parts._replace(path=path if path.endswith("/completions") else f"{path}/chat/completions").geturl()
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._server = Server(self.address, named_by="--judge", key_variable=KEY, timeout_seconds=self.timeout_seconds)
+        path = self._server.parts.path.rstrip("/")
+        self._path = path if path.endswith("/completions") else f"{path}/chat/completions"
 
     def compare(
         self, questions: Sequence[Question], criterion: str = "", tell: Callable[[], None] = lambda: None
@@ -117,7 +103,7 @@ class ChatJudge:
         for _ in range(ATTEMPTS):
             try:
                 verdict = read_verdict(self._reply(text))
-            except _NoReply as problem:
+            except NoReply as problem:
                 trouble = str(problem)
                 continue
             if verdict is not None:
@@ -127,34 +113,17 @@ class ChatJudge:
         return None
 
     def _reply(self, text: str) -> str:
-        """What the model says; `_NoReply` for what may pass, UserError for what will not."""
+        """What the model says; NoReply for what may pass, UserError for what will not."""
         body = {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0}
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-        request = urllib.request.Request(
-            self._url, json.dumps({**body, "max_tokens": REPLY_TOKENS}).encode(), headers, method="POST"
-        )
         try:
-            with self._opener.open(request, timeout=self.timeout_seconds) as answer:
-                found: Any = json.loads(answer.read(REPLY_BYTES))
+            reply = self._server.ask(self._path, {**body, "max_tokens": REPLY_TOKENS}, REPLY_BYTES)
+            found: Any = json.loads(reply)
             return str(found["choices"][0]["message"]["content"] or "")
-        except urllib.error.HTTPError as error:  # its body may repeat the key: it is not shown
-            if error.code in (408, 429) or error.code >= 500:
-                raise _NoReply(f"no reply (HTTP {error.code})") from None
-            hint = f"; is the variable {KEY} set and right?" if error.code in (401, 403) else ""
-            raise UserError(f"--judge: {self.address}: refused with HTTP {error.code}{hint}") from None
-        except (ValueError, KeyError, IndexError, TypeError):
-            raise _NoReply("no reply (not the JSON of a chat completion)") from None
-        except TimeoutError:
-            raise _NoReply(f"no reply within {self.timeout_seconds:g} s") from None
-        except OSError as error:
-            reason = getattr(error, "reason", error)
-            timed_out = isinstance(reason, TimeoutError)
-            words = (
-                f"within {self.timeout_seconds:g} s"
-                if timed_out
-                else f"({getattr(reason, 'strerror', None) or reason})"
-            )
-            raise _NoReply(f"no reply {words}") from None
+        except Refused as refused:
+            hint = f"; is the variable {KEY} set and right?" if refused.code in (401, 403) else ""
+            raise UserError(f"--judge: {self.address}: refused with HTTP {refused.code}{hint}") from None
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+            raise NoReply("no reply (not the JSON of a chat completion)") from None
 
 
 def read_verdict(reply: str) -> str | None:
@@ -164,14 +133,3 @@ def read_verdict(reply: str) -> str | None:
         return str(found[-1]).upper()
     lines = [line.strip(" \"'*.()[]") for line in reply.splitlines() if line.strip()]
     return lines[-1] if lines and lines[-1] in ("A", "B") else None
-
-
-class _NoReply(Exception):
-    """Nothing that could be read; another attempt may help."""
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """urllib would take the key along to wherever the server points."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None

@@ -268,6 +268,9 @@ class Method(ABC, Generic[SettingsT, Item]):
             for row, text in zip(prompts, texts, strict=True)
         ]
 
+    def close(self) -> None:
+        """Give back what is held outside this process, however the run ended."""
+
     def save(self, run: RunFolder) -> str:
         """Write the trained adapter into the run; returns its hash."""
         return self.base.save_role(self.trained[0], run.adapter)

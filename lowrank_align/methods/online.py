@@ -16,6 +16,7 @@ from lowrank_align.methods.method import Item, Method, Metrics, Retry, assert_po
 from lowrank_align.objectives.rollout import penalise_unfinished
 from lowrank_align.rewards import WINDOW, HackingWatch, Rewards, seen_answer, seen_prompt
 from lowrank_align.rollout import Rollout, fill_cache, generator_for, sample
+from lowrank_align.rollout_server import ServedRollouts
 from lowrank_align.trees import Completion, TreeRow, longest_rows
 
 OnlineSettingsT = TypeVar("OnlineSettingsT", bound=OnlineSettings)
@@ -56,6 +57,9 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
         self.group_size: int = getattr(settings, "group_size", 1)  # answers a prompt
         self.watch_for_hacking = HackingWatch()
         self.said_unwatched = self.said_equal = False
+        self.served: ServedRollouts | None = None  # who draws the rollouts, where it is a server
+        if settings.rollout_server is not None:
+            self.served = ServedRollouts(settings, self.group_size, renderer.end_ids)
 
     def add_roles(self) -> None:
         self.policy_from_settings()
@@ -68,6 +72,12 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
     def roll_out(self, rows: Sequence[TreeRow], step: int | str, retry: Retry) -> list[list[Rollout]]:
         """`group_size` answers of the policy to each row's prompt, drawn by the step's own generator."""
         s = self.settings
+        if self.served is not None:
+            return self.served.roll_out(
+                self.base, rows, step,
+                lambda groups, temperature: self.logps_of("policy", list(map(group_row, groups)), retry, temperature),
+                self.tell,
+            )  # fmt: skip
 
         def draw(size: int) -> list[list[Rollout]]:
             with self.base.role("policy"):
@@ -113,15 +123,19 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
         return replace(row, prompt_ids=row.prompt_ids[: len(row.prompt_ids) - len(self.renderer.prefix_ids)])
 
     @torch.no_grad()
-    def logps_of(self, role: str, trees: Sequence[TreeRow], retry: Retry) -> Tensor:
-        """(N, C) log-probabilities of all completions under a role, by the training path; 0 on padding."""
+    def logps_of(self, role: str, trees: Sequence[TreeRow], retry: Retry, temperature: float | None = None) -> Tensor:
+        """(N, C) log-probabilities of all completions under a role, by the training path; 0 on padding.
+
+        At the rollouts' temperature, unless another is given.
+        """
+        temperature = self.settings.temperature if temperature is None else temperature
 
         def score(size: int) -> list[Tensor]:
             found: list[Tensor] = []
             for start in range(0, len(trees), size):
                 batch = self.base.collate(list(trees[start : start + size]))
                 with self.base.role(role):
-                    logps = self.base.token_logps(batch, temperature=self.settings.temperature)
+                    logps = self.base.token_logps(batch, temperature=temperature)
                 found += [row[:length] for row, length in zip(logps, batch.num_tokens.tolist(), strict=True)]
                 self.base.turns.give_way()
             return found
@@ -130,7 +144,8 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
 
     def measure(self, judged: Judged, kl: Tensor | None) -> dict[str, float]:
         """TRL's figures about a round; `kl` (N,) in nats an answer, estimated on the rollouts, where there is one."""
-        found = self.measured | {
+        found = self.measured | (self.served.figures if self.served else {})
+        found |= {
             "objective/scores": judged.raw.mean().item(),
             "completions/mean_length": judged.lengths.float().mean().item(),
             "completions/finished": judged.finished.float().mean().item(),
@@ -216,7 +231,13 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
         """Items of a round that these rollouts would have given, figures of no meaning in them."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        if self.served is not None:
+            self.served.close()
+
     def preflight_rollouts(self, rows: Sequence[TreeRow], retry: Retry) -> None:
+        if self.served is not None:
+            return
         prompts = [
             row.prompt_ids for row in longest_rows(rows, self.settings.batch_size) for _ in range(self.group_size)
         ]

@@ -79,7 +79,7 @@ def predict(architecture: Architecture, work: Workload) -> Prediction:
     phases = {}
     if trains(work.method):
         phases["training"] = replace(resident, **_training(architecture, work))
-    if rolls_out(work.method):
+    if rolls_out(work.method) and not work.samples_elsewhere:
         phases["rollouts" if trains(work.method) else "answering"] = replace(resident, **_rollouts(architecture, work))
     allocated = max(parts.total for parts in phases.values()) + WORKSPACE_BYTES
     for name, parts in phases.items():

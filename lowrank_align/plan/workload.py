@@ -43,6 +43,7 @@ class Workload:
     adapters: int = 1  # all that lie in memory, frozen ones too
     trained_adapters: int = 1
     layout: Literal["tree", "flat"] = "tree"
+    samples_elsewhere: bool = False  # a server draws the rollouts
     max_length: int = 0  # what rows are cut to; 0: the longest row as it is
     lora_layers: int | None = None  # adapters on the top so many layers; None: on all
 
@@ -101,4 +102,5 @@ def work_of(
         adapters=trained + has_reference + judges,
         trained_adapters=trained,
         layout=layout,
+        samples_elsewhere=getattr(settings, "rollout_server", None) is not None,
     )
