@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from lowrank_align.checkpoint import write_atomic
+from lowrank_align.checkpoint import write_atomic, writing
 from lowrank_align.errors import NumericError, UserError, nearest
 from lowrank_align.provenance import check_same_base, folder_sha256
 from lowrank_align.skeleton import linear_layers
@@ -197,10 +197,12 @@ def write(
     saved.base_model_name_or_path, saved.inference_mode = base_name, True
     saved.task_type = "SEQ_CLS" if as_reward else "CAUSAL_LM"
     saved.modules_to_save = ["score"] if as_reward else None
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     content = to_safetensors(tensors, metadata={"format": "pt"})
     write_atomic(folder / WEIGHTS, content)
-    saved.save_pretrained(str(folder))
+    with writing(folder / CONFIG):
+        saved.save_pretrained(str(folder))
     again = load_file(folder / WEIGHTS)
     if again.keys() != tensors.keys() or any(not torch.equal(again[k], tensors[k]) for k in tensors):
         raise UserError(f"{folder / WEIGHTS}: reads back differently from what was written; check the disk")

@@ -8,6 +8,7 @@ older ones go only after that. Nothing is pickled. torch is imported inside the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -16,6 +17,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +33,7 @@ FORMAT = 1
 TENSORS, VALUES, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 SPACE_MARGIN_BYTES = 16 * 2**20
 HEADER_BYTES_PER_TENSOR = 512  # name, dtype, shape and offsets in the safetensors header, generously
+LEFT_OVER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")  # what a kill leaves of `write_atomic`, which names it so
 
 
 @dataclass(frozen=True)
@@ -195,12 +198,23 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     Text is written as UTF-8 with its line ends as they are. Raises EnvironmentProblem where the disk refuses.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with writing(path):
+        try:
+            _write_synced(temporary, content.encode() if isinstance(content, str) else content)
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):  # a disk that has turned read-only keeps it
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the disk refuses in here is an EnvironmentProblem that names `path`."""
     try:
-        _write_synced(temporary, content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        yield
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise EnvironmentProblem(f"{path}: could not be written: {error.strerror or error}") from error
 
 
@@ -276,7 +290,12 @@ def _publish(temporary: Path, final: Path) -> None:
         if aside.exists():
             shutil.rmtree(aside)
         os.replace(final, aside)
-    os.replace(temporary, final)
+    try:
+        os.replace(temporary, final)
+    except OSError:
+        with contextlib.suppress(OSError):  # back, if it stood aside
+            os.replace(aside, final)
+        raise
     _sync_folder(final.parent)
 
 

@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -26,6 +27,7 @@ from lowrank_align.errors import (
     UserError,
     nearest,
 )
+from lowrank_align.stopping import sigterm_interrupts
 
 SHORT_FLAGS = {"completions": "-n", "rows": "-n", "group_size": "-G"}
 OTHER_NAMES = {"as_json": "json"}  # pydantic's models have a method of that name
@@ -58,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_DONE
     _quiet_libraries()
     try:
-        return _run(command, arguments)
+        with sigterm_interrupts() if command in METHODS else nullcontext():
+            return _run(command, arguments)
     except UserError as error:
         # one line, whatever a user's function raised; what was stopped on request is no error
         print(*["error:"] * (not isinstance(error, Stopped)), *str(error).splitlines(), file=sys.stderr)

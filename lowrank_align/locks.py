@@ -38,7 +38,8 @@ class FileLock:
             self._file.write(f"pid {os.getpid()}\nstarted {datetime.now(UTC).isoformat(timespec='seconds')}\n".encode())
             self._file.flush()
         except OSError as error:
-            self._file.close()
+            with contextlib.suppress(OSError):  # it tries again to write
+                self._file.close()
             raise EnvironmentProblem(f"{self.path}: could not be written: {error.strerror}") from error
 
     def _take(self) -> bool:
@@ -57,7 +58,8 @@ class FileLock:
         """Unlock; with `remove` the file goes too (on Windows only after closing, elsewhere before)."""
         if sys.platform != "win32":
             if remove:
-                self.path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a file that stays locks nothing
+                    self.path.unlink(missing_ok=True)
             fcntl.flock(self._file.fileno(), fcntl.LOCK_UN)  # closing is not enough while a forked worker has a copy
         self._file.close()
         if remove and sys.platform == "win32":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lowrank_align.checkpoint import write_atomic
+from lowrank_align.checkpoint import write_atomic, writing
 from lowrank_align.runs import read_metrics
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def plot_metrics(metrics_jsonl: Path, out: Path) -> list[Path]:
             _draw(axes, panel, curves)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=DPI)
-        out.mkdir(parents=True, exist_ok=True)
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / name, buffer.getvalue())
         written.append(out / name)
     return written

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lowrank_align.checkpoint import write_atomic
+from lowrank_align.checkpoint import LEFT_OVER, write_atomic, writing
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.locks import FileLock, is_held, owner
 
@@ -52,6 +52,7 @@ def open_run(path: Path, *, resume: bool, overwrite: bool, method: str = "") -> 
         if overwrite:
             _refuse_running_inside(path)
             empty(path)
+        _remove_left_overs(path)
         return RunFolder(path, lock, method, created)
     except BaseException:
         lock.release()
@@ -115,7 +116,8 @@ class RunFolder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         entries = set(os.listdir(self.path)) if self.path.is_dir() else {LOCK}
         if kind is not None and entries <= {LOCK, STATE}:  # it failed before it wrote anything: leave no trace
-            (self.path / STATE).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self.path / STATE).unlink(missing_ok=True)
             self._lock.release(remove=True)
             if self._created:
                 with contextlib.suppress(OSError):
@@ -128,11 +130,8 @@ class RunFolder:
         write_atomic(self.path / STATE, json.dumps(_finite(self._state), indent=2) + "\n")
 
     def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
-        try:
-            with open(self.path / name, "ab") as file:
-                file.writelines(_json_line(line) for line in lines)
-        except OSError as error:
-            raise EnvironmentProblem(f"{self.path / name}: could not be written: {error.strerror}") from error
+        with writing(self.path / name), open(self.path / name, "ab") as file:
+            file.writelines(_json_line(line) for line in lines)
 
 
 class FolderLock(FileLock):
@@ -168,7 +167,7 @@ def looks_like_run(path: Path) -> bool:
     """A `run.json` of ours, or a `config.yaml` among nothing but what runs hold (other projects have one too)."""
     if not path.is_dir():
         return False
-    return read_state(path) is not None or ((path / CONFIG).is_file() and set(os.listdir(path)) <= KNOWN_ENTRIES)
+    return read_state(path) is not None or ((path / CONFIG).is_file() and _entries(path) <= KNOWN_ENTRIES)
 
 
 def check_output(path: Path, resume: bool, overwrite: bool) -> None:
@@ -176,7 +175,7 @@ def check_output(path: Path, resume: bool, overwrite: bool) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; name a folder with --out")
     check_place(path)
-    if not path.exists() or set(os.listdir(path)) <= {LOCK}:
+    if not path.exists() or _entries(path) <= {LOCK}:
         return
     if not resume and not overwrite:
         raise UserError(f"{path}: exists and is not empty; --resume goes on with it, --overwrite replaces it")
@@ -184,6 +183,21 @@ def check_output(path: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"{path}: holds files but is no run, so it is left alone; choose another --out")
     if overwrite:
         refuse_protected(path)
+
+
+def _entries(path: Path) -> set[str]:
+    """What is in a folder, but for what a kill left of a file of a run that was being written."""
+    found = {name: LEFT_OVER.fullmatch(name) for name in os.listdir(path)}
+    return {name for name, left in found.items() if left is None or left[1] not in KNOWN_ENTRIES}
+
+
+def _remove_left_overs(path: Path) -> None:
+    for folder in (path, *(path / name for name in SUBFOLDERS)):
+        for entry in folder.glob(".*.tmp"):
+            left = LEFT_OVER.fullmatch(entry.name)
+            if left and (folder != path or left[1] in KNOWN_ENTRIES):
+                with contextlib.suppress(OSError):
+                    entry.unlink()
 
 
 def check_place(path: Path) -> Path:

@@ -7,7 +7,6 @@ train("dpo", base=base, model="tiny", data="pairs.jsonl", out="runs/dpo", max_st
 import json
 import logging
 import math
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from lowrank_align import adapters
 from lowrank_align.base import Base
+from lowrank_align.checkpoint import write_atomic
 from lowrank_align.checks import (
     check_adapters,
     check_inputs_stay,
@@ -154,7 +154,7 @@ def _run(
     record = write_provenance(run.path, **provenance)
     plots = plot_metrics(run.path / "metrics.jsonl", run.plots)
     finite = {name: value for name, value in figures.items() if math.isfinite(value)}
-    (run.path / "README.md").write_text(model_card(record, finite, run.path.name), encoding="utf-8")
+    write_atomic(run.path / "README.md", model_card(record, finite, run.path.name))
     run.mark_finished(figures)
     _print_end(method, run, loop, figures, plots, progress)
     return Summary(run.path, loop.steps_done, figures)
@@ -182,10 +182,10 @@ def _write_down(run: RunFolder, settings: TrainSettings, dropped: list[tuple[str
     """The resolved settings, and the lists of what is not trained on."""
     run.write_config(to_yaml(settings))
     for bad_rows in scratch.glob("*.jsonl"):
-        shutil.copyfile(bad_rows, run.path / bad_rows.name)
+        write_atomic(run.path / bad_rows.name, bad_rows.read_bytes())
     if dropped:
         lines = [json.dumps({"where": where, "reason": reason}, ensure_ascii=False) for where, reason in dropped]
-        (run.path / "dropped_rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_atomic(run.path / "dropped_rows.jsonl", "\n".join(lines) + "\n")
 
 
 def _provenance(method: Method[Any, Any], rows: TrainingRows) -> dict[str, Any]:

@@ -4,11 +4,14 @@ The same test is both: `times(short, long)` says how many faults it makes, and `
 from which `report.py` makes docs/reliability.md.
 """
 
+import importlib.util
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,3 +49,15 @@ def tally(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
         name = request.node.nodeid.rpartition("/")[2].replace("::", ".")
         kept = "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
         (Path(RESULTS) / f"{kept}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture(scope="session")
+def forge(tiny_llama: Path, cache: Path) -> Iterator[Any]:
+    """The process that runs are forked from: `forge.Forge`."""
+    spec = importlib.util.spec_from_file_location("forge", Path(__file__).with_name("forge.py"))
+    assert spec is not None and spec.loader is not None
+    sys.modules["forge"] = module = importlib.util.module_from_spec(spec)  # its dataclasses look for it there
+    spec.loader.exec_module(module)
+    made = module.Forge(tiny_llama, cache)
+    yield made
+    made.close()
