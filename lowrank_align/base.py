@@ -77,9 +77,19 @@ class Base:
         device: str = "auto",
         dtype: str = "auto",
         attention: Attention = "auto",
+        float_storage: bool = False,
     ) -> "Base":
         """Load a folder, a hub id or `tiny`; see `loading.load_frozen` for the errors."""
-        return cls(load_frozen(name, quantize=quantize, device=device, dtype=dtype, attention=attention))
+        return cls(
+            load_frozen(
+                name,
+                quantize=quantize,
+                device=device,
+                dtype=dtype,
+                attention=attention,
+                float_storage=float_storage,
+            )
+        )
 
     @classmethod
     def of(cls, settings: ModelSettings) -> "Base":

@@ -21,6 +21,7 @@ from lowrank_align.provenance import read_provenance, weights_hash
 from lowrank_align.rewards import load_function
 from lowrank_align.rollout_server import RolloutServer
 from lowrank_align.runs import check_place, read_state
+from lowrank_align.workers import launched_processes
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,10 @@ def check_adapters(settings: TrainSettings) -> None:
 def check_rollout_server(settings: TrainSettings) -> None:
     """That a server which is to draw the rollouts is there and takes the key."""
     if isinstance(settings, OnlineSettings) and settings.rollout_server is not None:
+        if launched_processes() > 1:
+            raise UserError(
+                "--rollout-server: draws for a run of one process only; leave out the server or the launcher"
+            )
         RolloutServer(settings).check()
 
 

@@ -60,11 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_DONE
     _quiet_libraries()
     try:
+        if command not in METHODS and "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError(f"{command}: is one process; start it without accelerate launch or torchrun")
         with sigterm_interrupts() if command in METHODS else nullcontext():
             return _run(command, arguments)
     except UserError as error:
         # one line, whatever a user's function raised; what was stopped on request is no error
-        print(*["error:"] * (not isinstance(error, Stopped)), *str(error).splitlines(), file=sys.stderr)
+        if not error.said:
+            print(*["error:"] * (not isinstance(error, Stopped)), *str(error).splitlines(), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(

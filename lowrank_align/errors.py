@@ -18,6 +18,7 @@ class UserError(Exception):
     """Wrong data or configuration: the user can mend it."""
 
     exit_code = EXIT_DATA_OR_CONFIG
+    said = False  # whether another process of the same run says it
 
 
 class EnvironmentProblem(UserError):

@@ -1,6 +1,7 @@
 """Bring one causal language model and its tokenizer into memory: quantised, frozen, dropout off, checked."""
 
 import logging
+import os
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -25,6 +26,7 @@ from lowrank_align import hub
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.progress import Progress
 from lowrank_align.provenance import weights_hash
+from lowrank_align.workers import local_rank
 
 log = logging.getLogger(__name__)
 
@@ -47,19 +49,27 @@ class Loaded:
 
 
 def load_frozen(
-    name: str, *, quantize: Quantize = "nf4", device: str = "auto", dtype: str = "auto", attention: Attention = "auto"
+    name: str,
+    *,
+    quantize: Quantize = "nf4",
+    device: str = "auto",
+    dtype: str = "auto",
+    attention: Attention = "auto",
+    float_storage: bool = False,
 ) -> Loaded:
     """Load `name` (a folder, a hub id, or `tiny`) with every weight frozen and every dropout at 0.
 
-    Raises UserError where the model is not to be found or is no causal language model, EnvironmentProblem where the
-    machine lacks what was asked for.
+    With `float_storage` packed 4-bit weights lie in tensors of the computing precision, which FSDP can shard. Raises
+    UserError where the model is not to be found or is no causal language model, EnvironmentProblem where the machine
+    lacks what was asked for.
     """
     where = check_device(device, quantize, attention)
     compute = pick_dtype(dtype, where)
     path = model_folder(name)
     config, tokenizer = read_config(name), _read_tokenizer(path, name)
     try:
-        model = _from_pretrained(path, name, config, quantize, where, compute, attention)
+        storage = compute if float_storage else torch.uint8
+        model = _from_pretrained(path, name, config, quantize, where, compute, attention, storage)
     except torch.OutOfMemoryError as error:
         raise EnvironmentProblem(f"{name}: does not fit on {where}; try --quantize nf4 or a smaller model") from error
     if where.type == "cpu" and quantize != "none":
@@ -135,15 +145,27 @@ def check_device(device: str, quantize: Quantize, attention: Attention) -> torch
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` takes the first of CUDA (also ROCm), XPU, CPU. EnvironmentProblem for a GPU that is not there."""
+    """`auto` takes the first of CUDA (also ROCm), XPU, CPU. EnvironmentProblem for a GPU that is not there.
+
+    Of several processes on a machine each takes a GPU of its own, by its place among them.
+    """
+    place = local_rank()
+    if device == "auto" and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
+        return torch.device("cpu")
     if device == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("xpu" if torch.xpu.is_available() else "cpu")
+            return torch.device("cuda", torch.cuda.current_device() if place is None else place)
+        if torch.xpu.is_available():
+            return torch.device("xpu" if place is None else f"xpu:{place}")
+        return torch.device("cpu")
     try:
         wanted = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"--device {device}: unknown; use auto, cpu, cuda, cuda:N, xpu or mps") from error
+    if place is not None and wanted.type in ("cuda", "xpu"):
+        if wanted.index is not None:
+            raise UserError(f"--device {device}: each process takes a GPU of its own; leave the number out")
+        wanted = torch.device(wanted.type, place)
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available()}
     present["mps"] = torch.backends.mps.is_available()
     if not present.get(wanted.type, False):
@@ -173,6 +195,7 @@ def _from_pretrained(
     device: torch.device,
     compute: torch.dtype,
     attention: Attention,
+    storage: torch.dtype,
 ) -> Any:
     options: dict[str, Any] = {"dtype": compute, "device_map": {"": device}, "use_safetensors": True}
     options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # what does not fit is told below
@@ -186,6 +209,7 @@ def _from_pretrained(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute,
+            bnb_4bit_quant_storage=storage,
         )
     elif quantize == "int8":
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # says so at every product
@@ -266,10 +290,14 @@ def _leave_file(model: nn.Module) -> None:
 
 
 def _keep_4bit_layout(model: nn.Module) -> None:
-    """On CPUs with AVX-512-BF16, bitsandbytes repacks 4-bit weights in a no-grad forward, and training then breaks."""
+    """On CPUs with AVX-512-BF16, bitsandbytes repacks 4-bit weights in a no-grad forward, and training then breaks.
+
+    A weight that FSDP puts together again is a plain parameter: its layer keeps the scales too.
+    """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.quant_state = getattr(module.weight, "quant_state", None)  # type: ignore[assignment]
 
 
 def _tiny() -> Path:

@@ -58,7 +58,7 @@ class Loop:
         self.method, self.rows, self.eval_rows = method, rows, eval_rows
         self.settings: TrainSettings = method.settings
         self.run_folder, self.progress, self.stop = run, progress, stop
-        self.base = method.base
+        self.base, self.workers = method.base, method.workers
         self.sizes = {"micro_batch_size": self.settings.micro_batch_size}
         self.steps_done = 0
         self.moved = False  # whether an update of the step that runs has been begun
@@ -107,7 +107,7 @@ class Loop:
         self._preflight()
         self.progress.start(s.method, self.total_steps, start)
         if self.look_due or start == self.total_steps:  # the latter: killed between its last checkpoint and its end
-            figures = _logged(self.run_folder.path / METRICS)
+            figures = self.workers.of_first(lambda: _logged(self.run_folder.path / METRICS))
         if self.look_due:
             latest_evaluation = self._look(start, figures)
         steps = range(start + 1, self.total_steps + 1)
@@ -121,16 +121,16 @@ class Loop:
                     raise
                 raise self._as_saved(error, step - 1) from error
             latest_evaluation |= self._look(step, figures)
-            stopping_early = self._stops_early(step)
-            if last or stopping_early or self.stop.asked or step % s.save_steps == 0:
+            stopping_early, asked = self._stops_early(step), self._agree()
+            if last or stopping_early or asked or step % s.save_steps == 0:
                 self._save(step)
             if stopping_early:
                 break
-            if self.stop.asked and not last:
+            if asked and not last:
                 raise Stopped(f"{self.run_folder.path}: stopped at step {step} of {self.total_steps} and saved; "
                               "the same command with --resume goes on")  # fmt: skip
-        if s.report_to:
-            self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # not `end_training`, which would end the process group too
+            tracker.finish()
         if self.best is not None and s.early_stopping:
             self._restore_best()
             figures["best_step"] = float(self.best[1])
@@ -145,9 +145,12 @@ class Loop:
             with self._dropout_seed("preflight"):
                 self.method.preflight(longest_rows(self.rows, size))
 
-        try:
+        def all_of_it() -> None:
             self.retry(try_out, "micro_batch_size")
             self.method.preflight_rollouts(self.rows, self.retry)
+
+        try:
+            self.workers.each(all_of_it)
         finally:
             self.optimizer.zero_grad()
 
@@ -176,19 +179,23 @@ class Loop:
         return figures | self.method.watch(figures)
 
     def _update(self, items: Sequence[Any], metrics: Metrics, step: int, update: int) -> tuple[float, float]:
-        """One optimiser step on `items`, in micro-batches of like lengths; loss and gradient norm."""
+        """One optimiser step on `items`, in micro-batches of like lengths; loss and gradient norm.
+
+        Of several processes each takes its share; their losses and gradients add up to those of all items.
+        """
         items = sorted(items, key=self.method.tokens, reverse=True)  # padding is computed like any token
+        mine = self.workers.deal(items)
 
         def accumulate(size: int) -> tuple[float, Metrics]:
             self.optimizer.zero_grad()
             weight, total, seen = self.method.weight(items), 0.0, Metrics()
-            for start in range(0, len(items), size):
-                with self._dropout_seed(step, update, start):
-                    total += self.method.step(items[start : start + size], weight, seen).item()
+            for start in range(0, len(mine), size):
+                with self._dropout_seed(step, update, self.workers.place(start)):
+                    total += self.method.step(mine[start : start + size], weight, seen).item()
                 self.base.turns.give_way()
             return total, seen
 
-        loss, seen = self.retry(accumulate, "micro_batch_size")
+        loss, seen = Metrics.joined(self.workers.each(lambda: self.retry(accumulate, "micro_batch_size")))
         metrics.absorb(seen)
         norm = self._clip()
         if math.isfinite(loss) and math.isfinite(norm):
@@ -202,6 +209,7 @@ class Loop:
 
     def _clip(self) -> float:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.workers.sum_gradients(parameters)
         norm = self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm)
         return float(norm) if norm is not None else 0.0
 
@@ -233,6 +241,16 @@ class Loop:
             self.progress.note(f"out of memory: {knob} is now {self.sizes[knob]}; the same batch again")
             if self.base.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _agree(self) -> bool:
+        """Whether any process was asked to stop; all take the smallest of the sizes that memory left them."""
+        said = self.workers.each(lambda: (self.stop.asked, dict(self.sizes)))
+        for knob in sorted({knob for _, sizes in said for knob in sizes}):
+            least = min(sizes[knob] for _, sizes in said if knob in sizes)
+            if least < self.sizes.get(knob, math.inf):
+                self.progress.note(f"out of memory in another process: {knob} is now {least}")
+                self.sizes[knob] = least
+        return any(asked for asked, _ in said)
 
     def _rows_of(self, step: int) -> list[TreeRow]:
         """The rows of a step: a function of seed and step alone, a new order for each round through the data."""
@@ -317,6 +335,8 @@ class Loop:
             self.accelerator.log(figures, step=step)
 
     def _show_samples(self, step: int) -> None:
+        if not self.workers.is_first:
+            return
         samples = self.method.samples((self.eval_rows or self.rows)[:SAMPLE_ROWS], step)
         self.run_folder.log_samples(step, samples)
         self.progress.samples(step, samples)
@@ -331,6 +351,10 @@ class Loop:
         }
 
     def _save(self, step: int) -> None:
+        """By the first process; the others wait until it lies there."""
+        self.workers.of_first(lambda: self._write(step))
+
+    def _write(self, step: int) -> None:
         values: dict[str, Any] = {
             "step": step,
             "sizes": self.sizes,
@@ -351,15 +375,16 @@ class Loop:
         """The error of, say, a reward function, said after saving the whole steps before it."""
         if step == 0:
             return type(error)(f"{error}; the same command with --resume begins again")
-        if not (self.run_folder.checkpoints / f"step-{step}").exists():
-            self._save(step)
+        there = self.run_folder.checkpoints / f"step-{step}"
+        self.workers.of_first(lambda: None if there.exists() else self._write(step))
         return type(error)(
             f"{error}; step {step} of {self.total_steps} is saved, the same command with --resume goes on"
         )
 
     def _resume(self) -> int:
         """Take up the newest checkpoint that verifies; the step it was written at, 0 without one."""
-        found = checkpoint.latest(self.run_folder.checkpoints) if self.settings.resume else None
+        saved = self.run_folder.checkpoints
+        found = self.workers.of_first(lambda: checkpoint.latest(saved) if self.settings.resume else None)
         if found is None:
             self.run_folder.truncate_metrics(0)
             return 0

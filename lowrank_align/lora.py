@@ -59,7 +59,8 @@ def dense_weight(base: Any) -> Tensor:
         return copy  # type: ignore[no-any-return]
     import bitsandbytes.functional as bnb
 
-    return bnb.dequantize_4bit(base.weight, base.weight.quant_state).to(torch.float32)
+    state = getattr(base.weight, "quant_state", None)  # a weight that FSDP put together has lost it
+    return bnb.dequantize_4bit(base.weight, base.quant_state if state is None else state).to(torch.float32)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from lowrank_align.plan import (
 )
 from lowrank_align.skeleton import measure
 from lowrank_align.trees import TreeRow, longest_rows
+from lowrank_align.workers import launched_processes
 
 S = TypeVar("S", bound=TrainSettings)
 LONGEST_OF_LARGE = 256
@@ -71,7 +72,8 @@ def plan_run(settings: TrainSettings, rows: Sequence[TreeRow], base: Base | None
 def budget_of(device: torch.device, base: Base | None = None) -> int:
     """What a run may take on the device: what is free, and what is its own already (the base, a GPU's context)."""
     context = 0 if device.type == "cpu" else GPU_CONTEXT_BYTES  # asking what is free has made one
-    return free_bytes(device) + context + (base.frozen_bytes() if base else 0)
+    sharing = launched_processes(here=True) if device.type == "cpu" else 1  # each loads a base of its own
+    return free_bytes(device) // sharing + context + (base.frozen_bytes() if base else 0)
 
 
 def rows_at(rows: Sequence[TreeRow], work: Workload, max_length: int) -> Workload | None:

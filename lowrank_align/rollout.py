@@ -40,22 +40,29 @@ def sample(
     top_p: float = 1.0,
     completions_per_prompt: int = 1,
     batch_size: int = 32,
+    only: Sequence[int] | None = None,
 ) -> list[list[Rollout]]:
     """Completions of every prompt under the active role, in the order of the prompts.
 
     `temperature` 0 takes the likeliest token. Nothing but it and `top_p` changes the distribution: no top-k, no
-    repetition penalty, whatever the model's own generation settings say. `generator` lives on the base's device.
+    repetition penalty, whatever the model's own generation settings say. `generator` lives on the base's device; every
+    completion has a noise of its own from it, so `batch_size` changes none, nor does `only`: the places of the prompts
+    to answer, where others answer the rest.
     """
     found: dict[int, list[Rollout]] = {}
+    seeds = _seeds(generator, len(prompts) * completions_per_prompt)
+    places = range(len(prompts)) if only is None else only
+    between = partial(base.turns.give_way, SLICE_SECONDS)
     with inference(base), base.dense_copies():
-        for chunk in _chunks(base, prompts, max(1, batch_size // completions_per_prompt)):
-            sampler = _Sampler(temperature, top_p, generator, partial(base.turns.give_way, SLICE_SECONDS))
-            for copies in _shares(completions_per_prompt, batch_size):
+        for chunk in _chunks(base, prompts, places, max(1, batch_size // completions_per_prompt)):
+            for first, copies in _shares(completions_per_prompt, batch_size):
+                rows = [i * completions_per_prompt + first + k for i in chunk for k in range(copies)]
+                sampler = _Sampler(temperature, top_p, base.device, [seeds[row] for row in rows], between)
                 ids = _generate(base, [prompts[i] for i in chunk], sampler, end_ids, max_new_tokens, copies)
                 for place, i in enumerate(chunk):
                     mine = ids[place * copies : (place + 1) * copies]
                     found.setdefault(i, []).extend(_until_end(prompts[i], row.tolist(), set(end_ids)) for row in mine)
-    return [found[i] for i in range(len(prompts))]
+    return [found[i] for i in places]
 
 
 def stream(
@@ -79,7 +86,7 @@ def stream(
         list(prompt_ids),
         set(end_ids),
         max_new_tokens,
-        _Sampler(temperature, top_p, generator),
+        _Sampler(temperature, top_p, base.device, _seeds(generator, 1)),
     )
 
 
@@ -130,17 +137,20 @@ def seed_of(*parts: int | str) -> int:
 class _Sampler(LogitsProcessor):
     """Draws from softmax(logits / temperature) as an arg-max over logits + Gumbel noise (arXiv 1611.01144, eq. 1).
 
-    `generate` takes no generator; under its greedy search, this makes the draw, and the draw alone, ours.
+    `generate` takes no generator; under its greedy search, this makes the draw, and the draw alone, ours. Each row has
+    a generator of its own, so that its noise is the same whatever rows stand beside it.
     """
 
     def __init__(
         self,
         temperature: float,
         top_p: float,
-        generator: torch.Generator,
+        device: torch.device,
+        seeds: Sequence[int],
         between_tokens: Callable[[], None] | None = None,
     ) -> None:
-        self.temperature, self.generator, self.between_tokens = temperature, generator, between_tokens
+        self.temperature, self.between_tokens = temperature, between_tokens
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self.nucleus = TopPLogitsWarper(top_p) if top_p < 1.0 else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -151,7 +161,10 @@ class _Sampler(LogitsProcessor):
         logits = scores.float() / self.temperature
         if self.nucleus is not None:
             logits = self.nucleus(input_ids, logits)
-        return logits - torch.empty_like(logits).exponential_(generator=self.generator).log()
+        noise = torch.empty_like(logits)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return logits - noise.log_()
 
 
 def _stream(
@@ -214,14 +227,19 @@ def _cache(base: Base, tokens: int) -> DynamicCache | None:
     return cache_for(base.model, tokens) if base.layout == "tree" else None
 
 
-def _shares(copies: int, size: int) -> list[int]:
-    """A prompt's completions in as many parts as it takes to draw no more than `size` at once."""
-    return [min(size, copies - start) for start in range(0, copies, size)]
+def _seeds(generator: torch.Generator, count: int) -> list[int]:
+    """A seed for each completion's own noise."""
+    return torch.randint(2**62, (count,), generator=generator, device=generator.device).tolist()
 
 
-def _chunks(base: Base, prompts: Sequence[list[int]], size: int) -> Iterator[list[int]]:
+def _shares(copies: int, size: int) -> list[tuple[int, int]]:
+    """A prompt's completions in as many parts as it takes to draw no more than `size` at once: (first, how many)."""
+    return [(start, min(size, copies - start)) for start in range(0, copies, size)]
+
+
+def _chunks(base: Base, prompts: Sequence[list[int]], places: Sequence[int], size: int) -> Iterator[list[int]]:
     """Indices of prompts that run together. A recurrent state would run over left padding, so there equal lengths."""
-    order = list(range(len(prompts)))
+    order = list(places)
     groups = [order]
     if base.layout == "flat":
         order.sort(key=lambda i: len(prompts[i]))

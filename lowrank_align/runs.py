@@ -134,6 +134,33 @@ class RunFolder:
             file.writelines(_json_line(line) for line in lines)
 
 
+class RunElsewhere(RunFolder):
+    """A run whose folder another process has: it can be read, and nothing is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.adapter, self.value, self.checkpoints, self.plots = (path / name for name in SUBFOLDERS)
+        self._state = {}
+
+    def truncate_metrics(self, step: int) -> None:
+        pass
+
+    def write_config(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        pass
+
+    def _write_state(self, **changes: Any) -> None:
+        pass
+
+    def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
+        pass
+
+
 class FolderLock(FileLock):
     """The lock on a run's folder: on its `.lock`."""
 

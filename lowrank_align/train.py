@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from lowrank_align import adapters
 from lowrank_align.base import Base
 from lowrank_align.checkpoint import write_atomic
@@ -29,7 +31,7 @@ from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row
 from lowrank_align.data.training import TrainingRows, training_rows
 from lowrank_align.errors import UserError, nearest
-from lowrank_align.loading import read_config, read_tokenizer
+from lowrank_align.loading import pick_device, read_config, read_tokenizer
 from lowrank_align.loop import Loop
 from lowrank_align.methods import method_class
 from lowrank_align.methods.method import Method
@@ -38,8 +40,9 @@ from lowrank_align.preflight import as_the_run_began, fitted
 from lowrank_align.preset_check import from_preset, preset_lines
 from lowrank_align.progress import Progress
 from lowrank_align.provenance import folder_sha256, model_card, write_provenance
-from lowrank_align.runs import RunFolder, check_output, open_run, refuse_running
+from lowrank_align.runs import RunElsewhere, RunFolder, check_output, open_run, refuse_running
 from lowrank_align.stopping import StopSignals
+from lowrank_align.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +70,50 @@ def train(
     it. Everything that a user can have got wrong is checked before a model is loaded, and raises UserError.
     """
     settings = method if isinstance(method, TrainSettings) else _settings(method, base, knobs)
-    progress = progress or Progress()
-    out = Path(settings.out).expanduser()
-    refuse_running(out)
-    check_output(out, resume=settings.resume, overwrite=settings.overwrite)
+    workers = Workers.join(base.device if base else pick_device(settings.device))
+    shown = (progress or Progress()) if workers.is_first else Progress(Console(quiet=True), quiet=True)
+    with workers.alike(), tempfile.TemporaryDirectory() as scratch:
+        ready = workers.in_turn(
+            lambda told: _ready(settings if told is None else told, base, Path(scratch), shown, first=told is None),
+            tell=lambda found: found if isinstance(found, Summary) else found.settings,
+        )
+        if isinstance(ready, Summary):
+            return ready
+        settings, rows = ready.settings, ready.rows
+        base = base or workers.together(lambda: Base.of(settings))
+        workers.same({"data": (rows.sha256, rows.pretrain_sha256), "base": base.weights_hash})
+        with base.turns.background():
+            base.enable_checkpointing(settings.gradient_checkpointing)
+            trainer = method_class(settings.method)(base, settings, ready.renderer)
+            trainer.add_roles()
+            trainer.pretrain_rows, trainer.workers = rows.pretrain_rows, workers
+            with stop or StopSignals() as stopping, _open(settings, workers) as run:
+                workers.of_first(lambda: _write_down(run, settings, rows.dropped, Path(scratch)))
+                return _run(trainer, rows, run, shown, stopping)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What is known of a run before its base is loaded."""
+
+    settings: TrainSettings
+    renderer: Renderer
+    rows: TrainingRows
+
+
+def _ready(
+    told: TrainSettings | Summary, base: Base | None, scratch: Path, progress: Progress, first: bool
+) -> Ready | Summary:
+    """The rows, and everything checked; or that the run is finished.
+
+    The `first` process looks at the run's folder and at the memory; the others are told its settings, or the end.
+    """
+    if isinstance(told, Summary):
+        return told
+    settings, out = told, Path(told.out).expanduser()
+    if first:
+        refuse_running(out)
+        check_output(out, resume=settings.resume, overwrite=settings.overwrite)
     settings = as_the_run_began(settings, out, progress.note)
     finished = finished_before(settings, out)
     if finished is not None:
@@ -91,28 +134,26 @@ def train(
     kind = method_class(settings.method)
     if prefix := kind.answer_prefix(settings):
         progress.note(f"answers are asked for behind {prefix!r}, in this run and from it ({adapters.PROMPTING})")
-    with tempfile.TemporaryDirectory() as scratch:
-        renderer, rows = _rendered(settings, tokenizer, Path(scratch), progress.note)
-        for line in preset_lines(settings, renderer, base.config if base else read_config(settings.model)):
-            progress.note(line)
-        fits = fitted(settings, rows.rows, base, progress.note)
-        if fits.max_length < settings.max_length:
-            progress.note(f"once more, at max_length {fits.max_length}:")
-            renderer, rows = _rendered(fits, tokenizer, Path(scratch), progress.note)
-        settings = fits
-        check_resumable(settings, out, rows.sha256, rows.pretrain_sha256)
-        base = base or Base.of(settings)
-        with base.turns.background():
-            base.enable_checkpointing(settings.gradient_checkpointing)
-            trainer = kind(base, settings, renderer)
-            trainer.add_roles()
-            trainer.pretrain_rows = rows.pretrain_rows
-            with (
-                stop or StopSignals() as stopping,
-                open_run(out, resume=settings.resume, overwrite=settings.overwrite, method=settings.method) as run,
-            ):
-                _write_down(run, settings, rows.dropped, Path(scratch))
-                return _run(trainer, rows, run, progress, stopping)
+    renderer, rows = _rendered(settings, tokenizer, scratch, progress.note)
+    for line in preset_lines(settings, renderer, base.config if base else read_config(settings.model)):
+        progress.note(line)
+    fits = fitted(settings, rows.rows, base, progress.note) if first else settings
+    if fits.max_length < settings.max_length:
+        progress.note(f"once more, at max_length {fits.max_length}:")
+        renderer, rows = _rendered(fits, tokenizer, scratch, progress.note)
+    check_resumable(fits, out, rows.sha256, rows.pretrain_sha256)
+    return Ready(fits, renderer, rows)
+
+
+def _open(settings: TrainSettings, workers: Workers) -> RunFolder:
+    """The run's folder, which the first process takes for all."""
+    out, taken = Path(settings.out).expanduser(), list[RunFolder]()
+
+    def take() -> None:
+        taken.append(open_run(out, resume=settings.resume, overwrite=settings.overwrite, method=settings.method))
+
+    workers.of_first(take)
+    return taken[0] if taken else RunElsewhere(out)
 
 
 def _rendered(
@@ -139,8 +180,8 @@ def _run(
     method: Method[Any, Any], rows: TrainingRows, run: RunFolder, progress: Progress, stop: StopSignals
 ) -> Summary:
     loop = Loop(method, rows.rows, rows.eval_rows, run, progress, stop)
-    provenance = _provenance(method, rows)
-    write_provenance(run.path, **provenance)
+    provenance = method.workers.of_first(lambda: _provenance(method, rows))
+    method.workers.of_first(lambda: write_provenance(run.path, **provenance))
     try:
         figures = loop.run()
     finally:
@@ -148,15 +189,18 @@ def _run(
         method.close()
         method.base.enable_checkpointing(False)  # evaluation mode too, for whoever uses the base next
     figures |= method.finish(rows.rows, loop.retry)
-    if prefix := method.renderer.answer_prefix:
-        adapters.write_prompting(run.path, prefix)  # first: an adapter without it would be asked otherwise than trained
-    provenance["adapter_hash"] = method.save(run)
-    record = write_provenance(run.path, **provenance)
-    plots = plot_metrics(run.path / "metrics.jsonl", run.plots)
-    finite = {name: value for name, value in figures.items() if math.isfinite(value)}
-    write_atomic(run.path / "README.md", model_card(record, finite, run.path.name))
-    run.mark_finished(figures)
-    _print_end(method, run, loop, figures, plots, progress)
+
+    def save() -> None:
+        if prefix := method.renderer.answer_prefix:  # first: an adapter without it would be asked otherwise
+            adapters.write_prompting(run.path, prefix)
+        record = write_provenance(run.path, **provenance, adapter_hash=method.save(run))
+        plots = plot_metrics(run.path / "metrics.jsonl", run.plots)
+        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+        write_atomic(run.path / "README.md", model_card(record, finite, run.path.name))
+        run.mark_finished(figures)
+        _print_end(method, run, loop, figures, plots, progress)
+
+    method.workers.of_first(save)
     return Summary(run.path, loop.steps_done, figures)
 
 

@@ -24,7 +24,7 @@ LAYERS: dict[str, list[str]] = {
     "errors": ["errors"],
     "settings": ["locks", "servers", "config", "architecture", "hub", "presets", "plan", "ratings", "store"],
     "tensors": ["tensors", "trees", "objectives"],
-    "a run": ["memory", "checkpoint", "doctor", "provenance", "runs", "listing", "plots", "progress", "stopping"],
+    "a run": ["workers", "memory", "checkpoint", "doctor", "provenance", "runs", "listing", "plots", "progress", "stopping"],
     "the base and its rows": [
         "data",
         "tiny",

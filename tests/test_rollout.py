@@ -160,19 +160,20 @@ def test_draws_follow_softmax_of_logits_over_temperature(
 ) -> None:
     """Of independent exponential times E_i / p_i, token i's is the first with probability p_i (a race of exponentials).
 
-    So with the same E from the same generator, each draw must be the arg-min of E / softmax(logits / T), the logits
-    coming from a plain forward pass over the whole text.
+    So with the same E, each draw must be the arg-min of E / softmax(logits / T), the logits coming from a plain forward
+    pass over the whole text. Each completion has a generator of its own, seeded by a number from the one that is given.
     """
     base = load_base("llama")
     plain = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32).eval()
     options = {"max_new_tokens": 6, "temperature": temperature}
     found = greedy(base, prompts[:3], generator=torch.Generator().manual_seed(7), **options)
-    noise = torch.Generator().manual_seed(7)
+    seeds = torch.randint(2**62, (3,), generator=torch.Generator().manual_seed(7)).tolist()
+    noises = [torch.Generator().manual_seed(seed) for seed in seeds]
     texts = [list(prompt) for prompt in prompts[:3]]
     unlikely = 0
     for _ in range(6):
-        times = torch.empty(3, 128).exponential_(generator=noise)
-        for text, time in zip(texts, times, strict=True):
+        for text, noise in zip(texts, noises, strict=True):
+            time = torch.empty(128).exponential_(generator=noise)
             p = (plain(torch.tensor([text])).logits[0, -1] / temperature).softmax(-1)
             text.append(int((time / p).argmin()))
             unlikely += text[-1] != int(p.argmax())
@@ -193,6 +194,17 @@ def test_top_p_keeps_the_likeliest_tokens(load_base: LoadBase, prompts: list[lis
     assert drawn <= set(order[:kept].tolist())
     free = {r.ids[0] for r in greedy(base, prompts[:1], generator=torch.Generator(), **draw)[0]}
     assert not free <= set(order[:kept].tolist())
+
+
+def test_a_draw_does_not_depend_on_what_is_drawn_beside_it(load_base: LoadBase, prompts: list[list[int]]) -> None:
+    """Whatever is in memory at once, and whichever prompts another process answers."""
+    base = load_base("llama")
+    options: dict[str, Any] = {"temperature": 1.0, "completions_per_prompt": 3}
+    found = greedy(base, prompts, generator=torch.Generator().manual_seed(3), **options)
+    for size in (1, 2, 6):
+        assert greedy(base, prompts, generator=torch.Generator().manual_seed(3), batch_size=size, **options) == found
+    some = [greedy(base, prompts, generator=torch.Generator().manual_seed(3), only=o, **options) for o in ([0, 1], [4])]
+    assert [*some[0], *some[1]] == [found[0], found[1], found[4]]
 
 
 def test_draws_belong_to_their_generator(load_base: LoadBase, prompts: list[list[int]]) -> None:

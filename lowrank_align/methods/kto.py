@@ -80,19 +80,19 @@ class KTO(Method[KTOSettings, TreeRow]):
         """z0, and how many rows are good and bad."""
         mismatched = mismatch(rows, self.settings.max_length)
 
-        def logratios(size: int) -> Tensor:
-            found = []
-            for start in range(0, len(mismatched), size):
-                batch, logps = self.base.collate(mismatched[start : start + size]), []
+        def logratios(mine: Sequence[TreeRow], size: int) -> list[Tensor]:
+            found: list[Tensor] = []
+            for start in range(0, len(mine), size):
+                batch, logps = self.base.collate(list(mine[start : start + size])), []
                 for name in ("policy", "reference"):
                     with self.base.role(name):
                         logps.append(self.base.token_logps(batch).sum(1))
-                found.append(logps[0] - logps[1])
+                found += logps[0] - logps[1]
                 self.base.turns.give_way()
-            return torch.cat(found)
+            return found
 
-        known = bool(mismatched)
-        self.kl = reference_point(retry(logratios, "micro_batch_size")) if known else torch.zeros_like(self.kl)
+        found = self.by_share(mismatched, logratios, retry)
+        self.kl = reference_point(torch.stack(found)) if found else torch.zeros_like(self.kl)
         good = sum(bool(row.label) for row in rows)
         self.of_label = {True: good, False: len(rows) - good}
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from lowrank_align import adapters
@@ -21,7 +22,10 @@ from lowrank_align.rollout import generator_for, sample
 from lowrank_align.runs import RunFolder
 from lowrank_align.tensors import reduce
 from lowrank_align.trees import TreeRow
+from lowrank_align.workers import Workers
 
+A = TypeVar("A")
+B = TypeVar("B")
 Item = TypeVar("Item")
 SettingsT = TypeVar("SettingsT", bound=TrainSettings)
 
@@ -68,6 +72,18 @@ class Metrics:
         for name, value in other._totals.items():
             self.total(name, value)
 
+    @staticmethod
+    def joined(parts: Sequence[tuple[float, "Metrics"]]) -> tuple[float, "Metrics"]:
+        """The loss and the metrics of all processes from those of each."""
+        seen = Metrics()
+        for _, part in parts:
+            seen.absorb(part)
+        return sum(loss for loss, _ in parts), seen
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which has no use for this one's device."""
+        return send_to_device(vars(self), "cpu")  # type: ignore[no-any-return]
+
     def results(self) -> dict[str, float]:
         """The numbers by name; a mean over nothing is left out."""
         found = {name: total.item() for name, total in self._totals.items()}
@@ -94,6 +110,7 @@ class Method(ABC, Generic[SettingsT, Item]):
     def __init__(self, base: Base, settings: SettingsT, renderer: Renderer) -> None:
         self.base, self.settings, self.renderer = base, settings, renderer
         self.pretrain_rows: Sequence[TreeRow] = ()  # of `pretrain_data`; `train` puts them in
+        self.workers = Workers()  # the processes of the run; `train` puts them in
         # The loop puts accelerate's in place of this, which knows about 16-bit gradient scaling.
         self.backward: Callable[[Tensor], None] = lambda loss: loss.backward()
         self.tell: Callable[[str], None] = log.warning  # the loop puts its progress's in place
@@ -165,6 +182,16 @@ class Method(ABC, Generic[SettingsT, Item]):
         The loss is summed over the items and divided by `weight`, so that parts add up to the whole batch's loss.
         """
 
+    def by_share(
+        self,
+        items: Sequence[A],
+        function: Callable[[Sequence[A], int], Sequence[B]],
+        retry: Retry,
+        knob: str = "micro_batch_size",
+    ) -> list[B]:
+        """`function(some, size)` of all items, a list that every process gets: each its share, `size` at once."""
+        return self.workers.map(items, lambda mine: retry(lambda size: function(mine, size), knob))
+
     def draw_pretrain_rows(self, count: int, *place: int | str) -> list[PretrainRow]:
         """`count` rows of `pretrain_data` for one optimiser update; none without such data.
 
@@ -219,14 +246,16 @@ class Method(ABC, Generic[SettingsT, Item]):
     def evaluate(self, rows: Sequence[TreeRow], retry: Retry) -> dict[str, float]:
         """The loss and the metrics on held-out rows; gradients are off."""
 
+        mine = self.workers.share(rows)
+
         def measure(size: int) -> tuple[float, Metrics]:
             weight, total, seen = self.weight(rows), 0.0, Metrics()  # type: ignore[arg-type]
-            for start in range(0, len(rows), size):
-                total += self.step(rows[start : start + size], weight, seen).item()  # type: ignore[arg-type]
+            for start in range(0, len(mine), size):
+                total += self.step(mine[start : start + size], weight, seen).item()  # type: ignore[arg-type]
                 self.base.turns.give_way()
             return total, seen
 
-        loss, seen = retry(measure, "micro_batch_size")
+        loss, seen = Metrics.joined(self.workers.each(lambda: retry(measure, "micro_batch_size")))
         return {"loss": loss, **seen.results()}
 
     # ---- before and after

@@ -79,7 +79,7 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
                 self.tell,
             )  # fmt: skip
 
-        def draw(size: int) -> list[list[Rollout]]:
+        def draw(mine: Sequence[int], size: int) -> list[list[Rollout]]:
             with self.base.role("policy"):
                 return sample(
                     self.base,
@@ -90,9 +90,10 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
                     temperature=s.temperature,
                     completions_per_prompt=self.group_size,
                     batch_size=size,
+                    only=mine,
                 )
 
-        return retry(draw, "rollout_batch_size")  # type: ignore[no-any-return]
+        return self.by_share(range(len(rows)), draw, retry, "rollout_batch_size")
 
     @torch.no_grad()
     def judge(self, rows: Sequence[TreeRow], groups: Sequence[Sequence[Rollout]], retry: Retry) -> Judged:
@@ -102,14 +103,14 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
         """
         s, device = self.settings, self.base.device
         flat = [rollout for group in groups for rollout in group]
-        parts: dict[str, Tensor] = retry(
-            lambda size: self.rewards.of_trees([self.as_judged(group) for group in groups], size), "micro_batch_size"
-        )
+        judged = [self.as_judged(group) for group in groups]
+        found = self.by_share(judged, lambda mine, size: [self.rewards.of_trees(mine, size)], retry)
+        parts = {run: torch.cat([part[run] for part in found]) for run in self.rewards.roles}
         if self.rewards.functions:
             prompts = [row.prompt_text for row, group in zip(rows, groups, strict=True) for _ in group]
             chats = [row.chat for row, group in zip(rows, groups, strict=True) for _ in group]
             texts = [seen_answer(self.renderer, r.ids, chat=chat) for r, chat in zip(flat, chats, strict=True)]
-            parts = parts | self.rewards.of_texts(prompts, texts)
+            parts = parts | self.workers.of_first(lambda: self.rewards.of_texts(prompts, texts))
         raw = self.rewards.total(parts)[first_alike(groups)]
         finished = torch.tensor([r.finished for r in flat], device=device)
         lengths = torch.tensor([len(r.ids) for r in flat], device=device)
@@ -130,17 +131,17 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
         """
         temperature = self.settings.temperature if temperature is None else temperature
 
-        def score(size: int) -> list[Tensor]:
+        def score(mine: Sequence[TreeRow], size: int) -> list[Tensor]:
             found: list[Tensor] = []
-            for start in range(0, len(trees), size):
-                batch = self.base.collate(list(trees[start : start + size]))
+            for start in range(0, len(mine), size):
+                batch = self.base.collate(list(mine[start : start + size]))
                 with self.base.role(role):
                     logps = self.base.token_logps(batch, temperature=temperature)
                 found += [row[:length] for row, length in zip(logps, batch.num_tokens.tolist(), strict=True)]
                 self.base.turns.give_way()
             return found
 
-        return pad_sequence(retry(score, "micro_batch_size"), batch_first=True)
+        return pad_sequence(self.by_share(trees, score, retry), batch_first=True)
 
     def measure(self, judged: Judged, kl: Tensor | None) -> dict[str, float]:
         """TRL's figures about a round; `kl` (N,) in nats an answer, estimated on the rollouts, where there is one."""

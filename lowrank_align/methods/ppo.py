@@ -141,10 +141,10 @@ class PPO(OnlineMethod[PPOSettings, Episode]):
     def _said(self, trees: list[TreeRow], retry: Retry) -> list[Tensor]:
         """Log-probs, reference log-probs, values and mask of the rollouts, (N, T) each."""
 
-        def score(size: int) -> list[tuple[Tensor, ...]]:
+        def score(mine: Sequence[TreeRow], size: int) -> list[tuple[Tensor, ...]]:
             found: list[tuple[Tensor, ...]] = []
-            for start in range(0, len(trees), size):
-                batch = self.base.collate(trees[start : start + size])
+            for start in range(0, len(mine), size):
+                batch = self.base.collate(list(mine[start : start + size]))
                 with self.base.role("policy"):
                     logps = self.base.token_logps(batch, temperature=self.settings.temperature)
                 with self.base.role("reference"):
@@ -156,7 +156,7 @@ class PPO(OnlineMethod[PPOSettings, Episode]):
                 self.base.turns.give_way()
             return found
 
-        found = retry(score, "micro_batch_size")
+        found = self.by_share(trees, score, retry)
         return [pad_sequence([part[i] for part in found], batch_first=True) for i in range(4)]
 
     def _minibatches(self, rows: int) -> int:

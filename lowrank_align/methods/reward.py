@@ -21,7 +21,7 @@ from lowrank_align.errors import UserError
 from lowrank_align.methods.method import Method, Metrics, Retry
 from lowrank_align.objectives.paired import bradley_terry, centring, mean_per_row
 from lowrank_align.objectives.ranked import MOST_TIED, TOO_MANY_TIES, most_tied, whole_orders
-from lowrank_align.rollout import generator_for, inference, sample
+from lowrank_align.rollout import Rollout, generator_for, inference, sample
 from lowrank_align.runs import RunFolder
 from lowrank_align.trees import Completion, TreeRow, collate_comparisons
 
@@ -93,13 +93,14 @@ class Reward(Method[RewardSettings, TreeRow]):
         elif self.settings.shift_over == "reference":
             rows = self._answers_of_start(rows)
 
-        def mean_score(size: int) -> float:
+        def score(mine: Sequence[TreeRow], size: int) -> list[Tensor]:
             with self.base.role("reward"), inference(self.base), torch.no_grad():
-                batches = [self.base.collate(list(rows[i : i + size])) for i in range(0, len(rows), size)]
-                return torch.cat([self.base.scores(batch) for batch in batches]).double().mean().item()
+                batches = [self.base.collate(list(mine[i : i + size])) for i in range(0, len(mine), size)]
+                return [score for batch in batches for score in self.base.scores(batch)]
 
         role = self.base.roles["reward"]
-        role.shift, self.shifted_rows = retry(mean_score, "micro_batch_size"), len(rows)
+        role.shift = torch.stack(self.by_share(rows, score, retry)).double().mean().item()
+        self.shifted_rows = len(rows)
         return {"shift": role.shift}
 
     def samples(self, rows: Sequence[TreeRow], step: int) -> list[dict[str, Any]]:
@@ -132,14 +133,19 @@ class Reward(Method[RewardSettings, TreeRow]):
         self.base.add_role("start", start_from=start, trainable=False)
         prompts = [row.prompt_ids for row in self._with_room(rows)]
         asked = [[*prompt, *self.start_prefix_ids] for prompt in prompts]
-        with self.base.role("start"):
-            answers = sample(
-                self.base,
-                asked,
-                end_ids=self.renderer.end_ids,
-                max_new_tokens=self.settings.sample_tokens,
-                generator=generator_for(self.base.device, self.settings.seed, "shift"),
-            )
+
+        def answer(mine: Sequence[int]) -> list[list[Rollout]]:
+            with self.base.role("start"):
+                return sample(
+                    self.base,
+                    asked,
+                    end_ids=self.renderer.end_ids,
+                    max_new_tokens=self.settings.sample_tokens,
+                    generator=generator_for(self.base.device, self.settings.seed, "shift"),
+                    only=mine,
+                )
+
+        answers = self.workers.map(range(len(asked)), answer)
         self.base.remove_role("start")
         return [
             TreeRow(prompt, [Completion(a.ids, [True] * len(a.ids))])
