@@ -172,14 +172,14 @@ def shard(job: dict[str, Any]) -> int:
     for name, float_storage in (("bytes", False), ("floats", True), ("sharded", True)):
         base = Base.load(job["argv"][2], quantize="nf4", device="cpu", float_storage=float_storage)
         layers = base.model.get_decoder().layers
-        if name == "sharded":
-            for layer in layers:
-                fully_shard(layer, mesh=init_device_mesh("cpu", (workers.count,)))
         base.add_role("policy", rank=4)
         generator = torch.Generator().manual_seed(1)
         parameters = base.trainable_parameters("policy")
         for parameter in parameters.values():
             parameter.data.normal_(0, 0.1, generator=generator)
+        for layer in layers if name == "sharded" else ():
+            mesh = init_device_mesh("cpu", (workers.count,))
+            fully_shard(layer, mesh=mesh, ignored_params=set(parameters.values()))
         with base.role("policy"):
             logps = base.token_scores(base.collate(rows)).per_token_logps
             logps.sum().backward()
