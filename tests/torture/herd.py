@@ -19,6 +19,7 @@ HANGS_AFTER_SECONDS = 120
 
 def herd() -> None:
     """Forks the processes of every job that comes in, waits for their ends, and says what they were."""
+    import lowrank_align.cli
     import lowrank_align.train  # noqa: F401
     from lowrank_align.config import METHODS
     from lowrank_align.methods import method_class
