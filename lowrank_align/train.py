@@ -75,7 +75,7 @@ def train(
     with workers.alike(), tempfile.TemporaryDirectory() as scratch:
         ready = workers.in_turn(
             lambda told: _ready(settings if told is None else told, base, Path(scratch), shown, first=told is None),
-            tell=lambda found: found if isinstance(found, Summary) else found.settings,
+            tell=_told,
         )
         if isinstance(ready, Summary):
             return ready
@@ -99,6 +99,11 @@ class Ready:
     settings: TrainSettings
     renderer: Renderer
     rows: TrainingRows
+
+
+def _told(found: Ready | Summary) -> TrainSettings | Summary:
+    """What the other processes need to know of what the first found."""
+    return found if isinstance(found, Summary) else found.settings
 
 
 def _ready(
