@@ -19,6 +19,35 @@ BESIDE = "only-the-owner-may-read-this"  # in files that lie beside the store
 TOKEN = "hf_planted0token1that2no3page4tells"
 PASSWORD = "correct horse battery"
 MARKUP = '<img src=x onerror="window.pwned=1">'
+# Each writes its number into the page, or asks another host for it, where it is taken for more than text.
+_RUN = "(window.pwned=window.pwned||[]).push(NUMBER)"
+MARKUPS = tuple(
+    text.replace("RUN", _RUN).replace("NUMBER", str(number))
+    for number, text in enumerate(
+        (
+            '<img src=x onerror="RUN">',
+            "<script>RUN</script>",
+            '<svg onload="RUN"></svg>',
+            '"><img src=x onerror="RUN">',
+            '</textarea></title></style><img src=x onerror="RUN">',
+            '<a href="javascript:RUN">a link</a>',
+            "[a link](javascript:RUN)",
+            '<iframe srcdoc="<script>parent.RUN</script>"></iframe>',
+            '<details open ontoggle="RUN"><summary>x</summary></details>',
+            '<math><mtext><table><mglyph><style><img src=x onerror="RUN">',
+            '<img src="http://evil.example/NUMBER.png">',
+            "![a picture](http://evil.example/NUMBER.png)",
+            '<style>@import "http://evil.example/NUMBER.css";</style>',
+            '<link rel=stylesheet href="http://evil.example/NUMBER.css">',
+            '<meta http-equiv=refresh content="0;url=http://evil.example/NUMBER">',
+            '<form action="http://evil.example/NUMBER"><button>Send</button></form>',
+            '<base href="http://evil.example/NUMBER/">',
+            "{{constructor.constructor('RUN')()}} ${RUN}",
+            "$$\\href{javascript:RUN}{x}$$",
+            "\u202e\u2066 written backwards NUMBER \u2069",
+        )
+    )
+)
 FORMULAS = ("=", "+", "-", "@", "\t", "\r", "|", "%")
 Headers = Iterable[tuple[str, str]]
 

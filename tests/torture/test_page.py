@@ -12,7 +12,7 @@ from lowrank_align.cli import main
 from lowrank_align.store import Completion, Judgement, Record, Store
 from tests.browser.running import begin_studio
 from tests.torture import probes_calls, probes_files, probes_locked, probes_reach, probes_told
-from tests.torture.page import BESIDE, FORMULAS, MARKUP, PASSWORD, TOKEN, Canary, Page, Probe
+from tests.torture.page import BESIDE, FORMULAS, MARKUPS, PASSWORD, TOKEN, Canary, Page, Probe
 
 Tally = Callable[..., None]
 SECTION = "The page"
@@ -36,7 +36,7 @@ LOCK = "LOWRANK_STUDIO_PASSWORD"
 
 def fill(path: Path) -> str:
     """A store whose every text is markup or a formula; the id of a record."""
-    texts = [MARKUP, *(f"{sign}cmd|' /C calc'!A1" for sign in FORMULAS)]
+    texts = [*MARKUPS, *(f"{sign}cmd|' /C calc'!A1" for sign in FORMULAS)]
     with Store(path) as store, store.batch():
         for number, text in enumerate(texts):
             prompt = [{"role": "user", "content": text}]
@@ -45,7 +45,7 @@ def fill(path: Path) -> str:
             )
             store.add(record)
             said = Judgement("preferred", ranks=(1.0, 2.0), reason=text, tags=(text,), edits={1: f"{text} c"})
-            store.judge(record.id, "victim" if number else MARKUP, said)
+            store.judge(record.id, text if number < len(MARKUPS) else "victim", said)
         store.enqueue([[{"role": "user", "content": f"{text} in the queue"}] for text in texts])
         victim = Record("pair", "whose?", (Completion("mine"), Completion("yours")))
         store.add(victim)
