@@ -69,7 +69,7 @@ def safely(attack: Callable[[Page], Any]) -> Callable[[Page], str]:
     """The attack, after which votes, files and the page are as they were, and nothing was told of the program."""
 
     def probe(page: Page) -> str:
-        votes, files, said = store_of(page), files_of(page), len(page.running.output.read_text())
+        votes, files = store_of(page), files_of(page)
         seen = attack(page)
         text = json.dumps(seen, default=str) if not isinstance(seen, str) else seen
         kept = store_of(page)
@@ -77,7 +77,6 @@ def safely(attack: Callable[[Page], Any]) -> Callable[[Page], str]:
         wrong += (
             ["votes"] * (kept[: len(votes)] != votes) + sorted(files_of(page) - files) + ["ended"] * (not page.alive())
         )
-        wrong += ["a program's fault"] * ("a handler of the page failed" in page.running.output.read_text()[said:])
         return unless(not wrong, (wrong, text[:300]))
 
     return probe
@@ -137,15 +136,14 @@ def no_json(page: Page) -> Any:
 
 
 def others_pair(page: Page) -> Any:
-    """A vote under another name on the pair that somebody has before them, and on records of others."""
-    seen = page.press("tab-collect", "select")
-    record_id = page.notes["record"]
-    for pair in (record_id, str(seen)[:32]):
-        seen = [
-            page.press(element, collect_pair=pair, annotator_name="mallory")
-            for element in ("vote-a", "vote-undo", "collect-write")
-        ]
-    return seen
+    """A vote under another name on the pair that somebody has before them, and on a record of others."""
+    page.press("collect-examples", annotator_name="alice")
+    desk = page.press("annotator-name", "change", annotator_name="alice")
+    pair = desk["collect-pair"] if isinstance(desk, dict) else desk
+    assert isinstance(pair, str) and len(pair) == 32, desk
+    buttons = ("vote-a", "vote-undo", "collect-write")
+    pairs = (pair, page.notes["record"])
+    return [page.press(one, collect_pair=given, annotator_name="mallory") for one in buttons for given in pairs]
 
 
 def others_entry(page: Page) -> str:
@@ -159,12 +157,14 @@ def others_entry(page: Page) -> str:
 
 def others_session(page: Page) -> str:
     """What belongs to another session's events, by guesses."""
-    found = [page.ask(f"/gradio_api/queue/data?session_hash={guess}") for guess in ("s", "0", "", "../s", "undefined")]
+    found = [
+        page.ask(f"/gradio_api/queue/data?session_hash={guess}") for guess in ("mine", "0", "", "../s", "undefined")
+    ]
     found += [page.ask(f"/gradio_api/call/predict/{guess}") for guess in ("0", secrets.token_hex(16))]
     return unless(not any('"process_' in one.text or "event: complete" in one.text for one in found), found)
 
 
-def server_functions(page: Page) -> Any:
+def server_functions(page: Page) -> str:
     """Methods of the components, by name."""
     names = (
         "__init__",
@@ -184,7 +184,7 @@ def server_functions(page: Page) -> Any:
         )
         for n, name in enumerate(names)
     ]
-    return [(one.status, one.text) for one in asked] if any(one.status == 200 for one in asked) else "all refused"
+    return unless(all(one.status in (404, 422, 500) for one in asked) and page.alive(), asked)
 
 
 def settings(page: Page) -> Any:
@@ -241,7 +241,7 @@ PROBES = [
     Probe(CALLS, "votes on others' pairs", safely(others_pair)),
     Probe(CALLS, "another's entry deleted", others_entry),
     Probe(CALLS, "another's session", others_session),
-    Probe(CALLS, "methods of components", safely(server_functions)),
+    Probe(CALLS, "methods of components", server_functions),
     Probe(CALLS, "a run that names files, code and places", safely(settings)),
     Probe(CALLS, "links to a saved state", deep_links),
 ]

@@ -24,6 +24,10 @@ SIGNS = (BESIDE, TOKEN, "SQLite format 3", "root:x:", "PATH=", "weights_hash", "
 MEGABYTE = 2**20
 
 
+def files_in(folder: Path) -> set[Path]:
+    return {file for file in folder.rglob("*") if file.is_file()}
+
+
 def told(text: str) -> list[str]:
     """Which secrets are in it."""
     return [sign for sign in SIGNS if sign in text]
@@ -59,14 +63,14 @@ def as_upload(*names: str) -> Callable[[Page], str]:
 
     def attack(page: Page) -> str:
         places = {"FOLDER": str(page.running.folder), "HOME": str(Path.home()), "UPLOADS": str(page.uploads)}
-        before, seen = set(page.uploads.rglob("*")), []
+        before, seen = files_in(page.uploads), []
         for name in names:
             given = {"path": name.format_map(places), "orig_name": "rows.txt", "meta": {"_type": "gradio.FileData"}}
             seen += [page.press("collect-upload", "upload", collect_upload=given)]
             seen += [page.press("data-import", "upload", data_import=given)]
             seen += [page.press("train-upload", "upload", train_upload=given)]
             seen += [page.press("collect-reason", "input", collect_reason=given, annotator_name=given)]
-        copied = set(page.uploads.rglob("*")) - before
+        copied = files_in(page.uploads) - before
         return unless(not copied and not told(json.dumps(seen)), (copied, seen))
 
     return attack
@@ -79,17 +83,16 @@ def too_long(page: Page) -> str:
     announced = page.ask("/gradio_api/upload", "POST", b"", [("Content-Length", str(66 * MEGABYTE))])
     negative = page.ask("/gradio_api/upload", "POST", b"", [("Content-Length", "-1")])
     huge = page.ask("/gradio_api/run/predict", "POST", b"", [("Content-Length", "9" * 30)])
-    return unless(
-        [a.status for a in (announced, negative, huge)] == [413, 400, 413] and page.alive(), (announced, huge, negative)
-    )
+    found = [announced, negative, huge]
+    return unless(all(one.status in (400, 413) for one in found) and page.alive(), found)
 
 
 def endless(page: Page) -> str:
     """Chunk after chunk, whose sum nobody has announced."""
     sent = 0
     with socket.create_connection(("127.0.0.1", page.port), timeout=SECONDS) as wire:
-        head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {page.host}\r\nTransfer-Encoding: chunked\r\n"
-        wire.sendall(f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n".encode())
+        head = f"POST /gradio_api/run/predict HTTP/1.1\r\nHost: {page.host}\r\nTransfer-Encoding: chunked\r\n"
+        wire.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode())
         try:
             while sent < 100:
                 wire.sendall(b"100000\r\n" + b"x" * MEGABYTE + b"\r\n")
@@ -101,9 +104,9 @@ def endless(page: Page) -> str:
 
 
 def many_parts(page: Page) -> str:
-    before = set(page.uploads.rglob("*"))
+    before = files_in(page.uploads)
     answered = page.upload("a.jsonl", b"{}", parts=3000)
-    left = set(page.uploads.rglob("*")) - before
+    left = files_in(page.uploads) - before
     return unless(answered.status in (400, 413) and not left and page.alive(), (answered, len(left)))
 
 
