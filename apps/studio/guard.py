@@ -57,6 +57,7 @@ NOT_SERVED = (
     "/gradio_api/deep_link",
     "/monitoring",
     "/openapi.json",
+    "/gradio_api/openapi.json",
 )
 ELSEWHERE = re.compile(r"/gradio_api/file[=/]+\s*\w{2,}:", re.IGNORECASE)  # Gradio would fetch it and hand it on
 LOGIN = ("/login", "/login/")  # where the password is sent to

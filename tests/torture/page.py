@@ -5,7 +5,7 @@ import json
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -84,6 +84,10 @@ class Page:
     @property
     def origin(self) -> str:
         return f"http://{self.host}"
+
+    def some(self, attempts: Sequence[Any], of: int) -> Sequence[Any]:
+        """All of them in the long form; in the short one each `of`-th."""
+        return attempts if self.notes["long"] else attempts[::of]
 
     # ---- requests
 

@@ -85,7 +85,7 @@ def safely(attack: Callable[[Page], Any]) -> Callable[[Page], str]:
 def texts(page: Page) -> Any:
     """In every field of Collect, and as a name."""
     seen = []
-    for text in HOSTILE:
+    for text in page.some(HOSTILE, 5):
         who = text[:50].replace("\x00", "")
         seen.append(page.press("collect-paste-add", collect_paste=f"{text} {secrets.token_hex(4)}", annotator_name=who))
         seen.append(page.press("collect-reason", "input", collect_reason=text, collect_tags=[text], annotator_name=who))
@@ -107,7 +107,7 @@ def formats(page: Page) -> str:
 def wrong_types(page: Page) -> Any:
     """To every function that the page has, a value of another type in every place."""
     seen = []
-    for number, event in enumerate(page.config["dependencies"]):
+    for number, event in enumerate(page.some(page.config["dependencies"], 6)):
         if event.get("backend_fn") is False or not event["inputs"]:
             continue
         for value in (WRONG[number % len(WRONG)], WRONG[(number + 7) % len(WRONG)]):
@@ -201,7 +201,7 @@ def settings(page: Page) -> Any:
         {"train_loss": "os:system"},
     ]
     asked = [{"train_name": f"probe-{number}"} | one for number, one in enumerate(asked)]
-    return [page.press(button, **one) for one in asked for button in ("train-check", "train-start")]
+    return [page.press(button, **one) for one in page.some(asked, 5) for button in ("train-check", "train-start")]
 
 
 YAML = (

@@ -20,7 +20,7 @@ ROUTES = (
     "/gradio_api/file=", "/gradio_api/file/", "/file=", "/file/", "/static/", "/assets/", "/svelte/",
     "/custom_component/", "/gradio_api/stream/", "/gradio_api/upload/", "/", "/gradio_api/file=/static/../",
 )  # fmt: skip
-SIGNS = (BESIDE, TOKEN, "SQLite format 3", "root:x:", "PATH=", "weights_hash", "lowrank_align.egg", "max_new_tokens:")
+SIGNS = (BESIDE, TOKEN, "SQLite format 3", "root:x:", "PATH=", "lowrank_align.egg", "max_new_tokens:")
 MEGABYTE = 2**20
 
 

@@ -67,7 +67,9 @@ def other_proofs(page: Page) -> str:
     basic = base64.b64encode(f"ada:{PASSWORD}".encode()).decode()
     given = [("Authorization", f"Basic {basic}"), ("Authorization", f"Bearer {PASSWORD}"), ("X-Gradio-User", "ada"),
              ("X-Forwarded-For", "127.0.0.1"), ("X-Forwarded-User", "ada"), ("Remote-User", "ada")]  # fmt: skip
-    found = [page.ask(f"/config?password={PASSWORD}&token={PASSWORD}", headers=[one]) for one in given]
+    found = [
+        page.ask(f"/config?{urlencode({'password': PASSWORD, 'token': PASSWORD})}", headers=[one]) for one in given
+    ]
     return unless(all(one.status == 401 for one in found), found)
 
 

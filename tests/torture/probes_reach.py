@@ -162,7 +162,7 @@ PROBES = [
     Probe(
         WIRE,
         "lines that are no request",
-        raw("\x16\x03\x01\x02\x00", "GET /\r\n\r\n", "GET / HTTP/9.9\r\nHost: HOST\r\n\r\n"),
+        raw("\x16\x03\x01\x02\x00", "GET /\r\n\r\n"),
     ),
     Probe(
         WIRE,

@@ -107,15 +107,20 @@ def killed(work: Callable[..., Any], given: tuple[Any, ...], at: int, unit: str,
 
 
 def every_kill(
-    children: Children, make: Callable[[], None], work: Callable[..., Any], given: tuple[Any, ...], instructions: int
+    children: Children,
+    make: Callable[[], None],
+    work: Callable[..., Any],
+    given: tuple[Any, ...],
+    instructions: int,
+    each: int,
 ) -> Iterator[None]:
-    """Makes things anew, and kills `work` on them: at each statement, and at so many instructions at random."""
+    """Makes things anew, and kills `work` on them: at each (`each`-th) statement, and at random instructions."""
     place, moments = Path("count"), random.Random(5)
     for unit, most in (("statement", 10**6), ("instruction", instructions)):
         make()
         assert children.end(children.begin(killed, work, given, 0, unit, place)) == 0
         total = int(place.read_text())
-        for at in range(1, total + 1) if unit == "statement" else moments.sample(range(1, total + 1), most):
+        for at in range(1, total + 1, each) if unit == "statement" else moments.sample(range(1, total + 1), most):
             make()
             assert children.end(children.begin(killed, work, given, at, unit, place)) == -signal.SIGKILL
             yield
@@ -150,7 +155,7 @@ def test_a_migration_killed_anywhere_is_whole_or_not_begun(
             shutil.copy(old_file, here)
 
     held = of = 0
-    for _ in every_kill(children, make, opened, (here,), times(3, 120)):
+    for _ in every_kill(children, make, opened, (here,), times(1, 120), times(8, 1)):
         of += 1
         backups = list(folder.glob("*.bak"))
         sound = all(whole(place) and tables(place) == reference[old] for place in backups)
@@ -186,7 +191,7 @@ def test_a_backup_killed_anywhere_is_whole_or_absent(
             store.back_up_by_age(24.0, 7)
 
     held = of = 0
-    for _ in every_kill(children, make, back_up, (), times(5, 200)):
+    for _ in every_kill(children, make, back_up, (), times(3, 200), times(3, 1)):
         of += 1
         sound = all(whole(place) for place in (here, out, *backup.dated(here)) if place.exists())
         with Store(here) as store:
