@@ -5,6 +5,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
+from datetime import datetime
 from typing import Any
 
 from lowrank_align.store.records import Completion, Judgement, Record, Text
@@ -110,6 +111,15 @@ def clean(text: str) -> str:
 def names(found: Iterable[str]) -> str:
     """A JSON array of them for SQLite, each once, in order."""
     return json.dumps(sorted({clean(name) for name in found}))
+
+
+def time_in(column: str) -> str:
+    """The time, likewise."""
+    try:
+        datetime.fromisoformat(column)
+    except (TypeError, ValueError) as error:
+        raise sqlite3.DatabaseError(f"a row cannot be read: {error}") from error
+    return column
 
 
 def _in(column: str, made: Callable[[Any], Any]) -> Any:

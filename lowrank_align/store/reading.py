@@ -89,7 +89,8 @@ class Reading:
 
     def decisions(self) -> list[tuple[str, str]]:
         """(annotator, time) of every vote and edit, undone or not, oldest first."""
-        return self._rows(f"SELECT annotator, at FROM events WHERE kind IN {_DECISIONS} ORDER BY seq")
+        query = f"SELECT annotator, at FROM events WHERE kind IN {_DECISIONS} ORDER BY seq"
+        return self._rows(query, (), lambda row: (row[0], encoding.time_in(row[1])))
 
     def all_records(self) -> list[Record]:
         """Every record, judged or not, oldest first."""
