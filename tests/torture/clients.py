@@ -17,6 +17,7 @@ from lowrank_align.store import Completion, Judgement, Record, Store, connection
 
 TIE, BAD = Judgement("tie"), Judgement("bad")
 WRITERS = 4
+PAUSE_SECONDS = 0.005  # after a vote: people pause too, and the system gives a lock to whoever asks at once again
 LONG_AGO = "2026-01-01T00:00:00.000000+00:00"
 
 
@@ -71,6 +72,7 @@ def client(path: Path, journal: Path, name: str, patience: float) -> None:
     connections.BUSY_SECONDS = patience
     told_to_end: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: told_to_end.append(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     lines = [line.split() for line in journal.read_text().splitlines()] if journal.exists() else []
     acknowledged = {words[1] for words in lines if words[0] == "has"}
     waiting = [words[1:] for words in lines if words[0] == "asks" and words[3] not in acknowledged]
@@ -90,6 +92,7 @@ def client(path: Path, journal: Path, name: str, patience: float) -> None:
                             acknowledged.add(event)
                             os.write(log, f"has {event}\n".encode())
                     del waiting[0]
+                    time.sleep(PAUSE_SECONDS)
         except EnvironmentProblem as busy:
             os.write(log, f"told {str(busy)!r}\n".encode())
 
@@ -105,13 +108,16 @@ class Clients:
             self.start(name)
 
     def start(self, name: str) -> None:
+        # The client asks for SIGTERM once it knows what to do with it: until then it waits.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         self.pids[name] = self._children.begin(client, self.path, self._journal(name), name, self._patience)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
-    def wait_for_more(self, name: str) -> None:
-        """Until the client has written something down that was not there before."""
-        before, until = self._size(name), time.monotonic() + 120
-        while self._size(name) == before:
-            assert time.monotonic() < until, f"{name} does nothing any more"
+    def wait_for_more(self) -> None:
+        """Until one of them has written something down that was not there before."""
+        before, until = self._size(), time.monotonic() + 120
+        while self._size() == before:
+            assert time.monotonic() < until, "nobody does anything any more"
             time.sleep(0.001)
 
     def kill(self, names: list[str]) -> None:
@@ -148,5 +154,5 @@ class Clients:
     def _journal(self, name: str) -> Path:
         return self.path.with_name(f"{name}.journal")
 
-    def _size(self, name: str) -> int:
-        return self._journal(name).stat().st_size if self._journal(name).exists() else 0
+    def _size(self) -> int:
+        return sum(self._journal(name).stat().st_size for name in self.names if self._journal(name).exists())

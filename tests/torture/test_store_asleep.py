@@ -46,7 +46,7 @@ def test_writers_that_are_stopped_in_the_middle_go_on(
     clients = Clients(path, children, patience=IMPATIENT_SECONDS)
     for _ in range(stops):
         victim = moments.choice(clients.names)
-        clients.wait_for_more(victim)
+        clients.wait_for_more()
         time.sleep(moments.uniform(0, 0.01))
         os.kill(clients.pids[victim], signal.SIGSTOP)
         time.sleep(STOPPED_SECONDS)
