@@ -136,6 +136,18 @@ def test_export_while_another_process_has_the_store_open(imported: None, command
         assert store.judge(record.id, "ann", Judgement("tie")) == 1
 
 
+def test_backup_copies_the_store_and_replaces_nothing(imported: None, command: Command) -> None:
+    words = ("data", "backup", "--store", "votes.db", "--out", "safe/votes.db")
+    assert command(*words) == (0, "safe/votes.db: 5 judgements, 1 prompt\n", "")
+    with Store("votes.db") as store, Store("safe/votes.db", create=False) as copied:
+        assert copied.entries() == store.entries()
+    refused = "error: safe/votes.db: exists, and a backup replaces nothing; name another file with --out\n"
+    assert command(*words) == (2, "", refused)
+    assert command("data", "backup", "--store", "votes.db", "--out", "safe").code == 2
+    assert command("data", "backup", "--store", "vote.db", "--out", "x").err.startswith("error: vote.db: no such store")
+    assert not Path("x").exists()
+
+
 def test_stats_as_a_table(imported: None, command: Command) -> None:
     """Of five: three preferred or tied (one of them a tie), one contradiction, which is a duplicate too; the longer
     answer won once of twice."""

@@ -141,6 +141,6 @@ def private_places(settings: StudioSettings) -> list[Path]:
     from lowrank_align.loading import model_folder
 
     store = Path(settings.store).expanduser()
-    files = [store.with_name(store.name + end) for end in ("", "-wal", "-shm", ".lock")]
+    files = [store.with_name(store.name + end) for end in ("", "-journal", "-wal", "-shm", ".lock")]
     folders = [Path(settings.runs).expanduser(), *(Path(name).expanduser() for name in settings.adapter or ())]
     return [*files, *folders, model_folder(settings.model)]

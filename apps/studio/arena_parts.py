@@ -136,7 +136,7 @@ def _results(p: Parts) -> None:
         )
     p.table = gr.Dataframe(
         headers=["player"], datatype="str", interactive=False, visible=False, elem_id="arena-table",
-        show_label=False,
+        show_label=False, buttons=["fullscreen"],
     )  # fmt: skip
     with gr.Accordion("Do the votes agree with a reward run?", open=False, elem_id="arena-reward-panel"):
         with gr.Row():

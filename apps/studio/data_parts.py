@@ -79,6 +79,7 @@ def lay_out() -> Parts:
         wrap=False,
         show_label=False,
         max_height=420,
+        buttons=["fullscreen"],  # none to copy: what is pasted into a spreadsheet may be a formula
         column_widths=["56px", "152px", "92px", "120px", "18%", "30%", "96px", "90px"],
         elem_id="data-table",
     )
@@ -149,6 +150,7 @@ def _entry(p: Parts) -> None:
             interactive=False,
             show_label=False,
             wrap=True,
+            buttons=["fullscreen"],
             elem_id="data-history",
         )
 

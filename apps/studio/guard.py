@@ -5,8 +5,8 @@ alone answers any Host (so a name that is re-bound to 127.0.0.1 may read everyth
 type needs no preflight. Here a request has to name a host on the list, and to come from the page itself.
 """
 
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
 
 Scope = MutableMapping[str, Any]
@@ -57,7 +57,9 @@ NOT_SERVED = (
     "/gradio_api/deep_link",
     "/monitoring",
     "/openapi.json",
+    "/gradio_api/openapi.json",
 )
+ELSEWHERE = re.compile(r"/gradio_api/file[=/]+\s*\w{2,}:", re.IGNORECASE)  # Gradio would fetch it and hand it on
 LOGIN = ("/login", "/login/")  # where the password is sent to
 DEFAULT_PORTS = {80, 443}  # which browsers leave out of Host
 
@@ -133,7 +135,7 @@ class Guard:
             if not length.isdigit() or int(length) > self._max_body_bytes:
                 return 413, _too_long(self._max_body_bytes)
         path = str(scope.get("path", "/"))
-        if path.startswith(NOT_SERVED):
+        if path.startswith(NOT_SERVED) or ELSEWHERE.match(path):
             return 404, "The studio has no such page."
         if self._signed_in is not None and path not in LOGIN and not self._signed_in(_cookies(headers)):
             return 401, "Sign in first: open the studio's address and give its password."
@@ -162,7 +164,7 @@ class Limited:
             return
         if message["type"] == "http.response.start":
             kept = [
-                (name, value)
+                (name, _own_sites(value) if name.lower() == b"set-cookie" else value)
                 for name, value in message.get("headers", [])
                 if not name.lower().startswith(CROSS_ORIGIN) and name.lower().decode("latin-1") not in HEADERS
             ]
@@ -191,10 +193,14 @@ def _headers(scope: Scope) -> dict[str, list[str]]:
 
 
 def _cookies(headers: Mapping[str, list[str]]) -> dict[str, str]:
-    try:
-        return {name: found.value for name, found in SimpleCookie("; ".join(headers.get("cookie", []))).items()}
-    except CookieError:
-        return {}
+    """By name. Other programs of this machine share a browser's cookies with the page, and write them as they like."""
+    pairs = (pair.partition("=") for pair in "; ".join(headers.get("cookie", [])).split(";"))
+    return {name.strip(): value.strip().strip('"') for name, _, value in pairs}
+
+
+def _own_sites(cookie: bytes) -> bytes:
+    """A cookie of Gradio's that no other site's request brings along."""
+    return re.sub(rb";\s*samesite=\w+", b"", cookie, flags=re.IGNORECASE) + b"; SameSite=strict"
 
 
 def _too_long(max_bytes: int) -> str:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
 
@@ -192,6 +192,7 @@ def _guarded(
     """The page as an application, with every option of Gradio's said, behind the guard."""
     import gradio as gr
     from fastapi import FastAPI
+    from gradio import processing_utils
     from gradio.routes import App
 
     host, port = place.getsockname()[:2]
@@ -216,6 +217,8 @@ def _guarded(
         **_where_known(gr.mount_gradio_app, run_history=False),
         **look,
     )
+    demo.has_launched = True  # mounted, not launched: else Gradio would take any path of this machine for an upload
+    processing_utils.async_ssrf_protected_get = _fetch_nothing
     page = next(inner for route in parent.routes if isinstance(inner := getattr(route, "app", None), App))
 
     def signed_in(cookies: Mapping[str, str]) -> bool:
@@ -229,6 +232,11 @@ def _guarded(
         signed_in=signed_in if password else None,
         login_page=(files(__package__) / "static" / "login.html").read_text(encoding="utf-8"),
     )
+
+
+async def _fetch_nothing(url: str) -> NoReturn:
+    """In place of Gradio's download of an address that somebody gives as a file."""
+    raise PermissionError(f"{url[:80]}: the studio fetches nothing")
 
 
 def address_of(place: socket.socket, allow_hosts: Sequence[str] = ()) -> str:

@@ -26,6 +26,7 @@ FILES = {
     "data export": "data",
     "data stats": "data",
     "data convert": "data",
+    "data backup": "data",
 }
 
 

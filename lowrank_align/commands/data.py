@@ -9,7 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_align.checkpoint import write_atomic
-from lowrank_align.config import DataConvertSettings, DataExportSettings, DataImportSettings, DataStatsSettings
+from lowrank_align.config import (
+    DataBackupSettings,
+    DataConvertSettings,
+    DataExportSettings,
+    DataImportSettings,
+    DataStatsSettings,
+)
 from lowrank_align.data.conversion import convert
 from lowrank_align.data.formats import Shape
 from lowrank_align.data.load import load_rows
@@ -77,14 +83,18 @@ def _write(source: str, kind: str, out: Path, lines: Sequence[Mapping[str, Any]]
     told = [f"{count} left out: {reason}" for reason, count in left_out.items()]
     if not lines:
         raise UserError("; ".join([f"{source}: nothing to write as {kind}", *told]))
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EnvironmentProblem(f"{out}: cannot be written: {error.strerror or error}") from None
+    _make_folder(out)
     write_atomic(out, "".join(to_json(line) + "\n" for line in lines))
     print(f"{out}: {_many(len(lines), 'line')}")
     for line in told:
         print(f"  {line}")
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentProblem(f"{out}: cannot be written: {error.strerror or error}") from None
 
 
 def data_stats(settings: DataStatsSettings) -> None:
@@ -98,6 +108,24 @@ def data_stats(settings: DataStatsSettings) -> None:
     for name, value in stats_lines(found):
         table.add_row(name, value)
     Console(highlight=False, markup=False).print(table)
+
+
+def data_backup(settings: DataBackupSettings) -> None:
+    """Copy the store."""
+    out = Path(settings.out).expanduser()
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; name a file with --out")
+    if out.exists():
+        raise UserError(f"{out}: exists, and a backup replaces nothing; name another file with --out")
+    with Store(settings.store, create=False) as store:
+        _make_folder(out)
+        try:
+            store.back_up(out)
+        except FileExistsError:
+            raise UserError(f"{out}: another process has just made it; name another file with --out") from None
+    with Store(out, create=False) as copied:
+        found = f"{_many(copied.count(deleted=None), 'judgement')}, {_many(copied.queue_total(), 'prompt')}"
+    print(f"{out}: {found}")
 
 
 def import_lines(done: Imported, aside: Path | None = None) -> list[str]:

@@ -22,6 +22,7 @@ from lowrank_align.config.commands import (
 )
 from lowrank_align.config.data import (
     DATA_COMMANDS,
+    DataBackupSettings,
     DataConvertSettings,
     DataExportSettings,
     DataImportSettings,
@@ -62,6 +63,7 @@ __all__ = [
     "ConditionSettings",
     "DATA_COMMANDS",
     "DPOSettings",
+    "DataBackupSettings",
     "DataConvertSettings",
     "DataExportSettings",
     "DataImportSettings",

@@ -223,6 +223,10 @@ class StudioSettings(ModelSettings):
     """Runs (or PEFT adapter folders) to offer beside those in RUNS."""
     store: str = "studio.db"
     """The SQLite file of everything that is judged; made where it is not there."""
+    backups: Annotated[int, Field(ge=0)] = 7
+    """How many dated copies of the store stay beside it; 0 makes none."""
+    backup_hours: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 24.0
+    """The studio makes one when it starts and the newest is older than this."""
     runs: str = "runs"
     """The folder of the runs that are offered, and where Train puts new ones."""
     annotator: str = "me"

@@ -71,9 +71,17 @@ class DataConvertSettings(Settings):
     """Replace OUT."""
 
 
+class DataBackupSettings(DataSettings):
+    """Copy a store into another file, whole and checked; also while a studio has it open."""
+
+    out: str
+    """The file to write. It must not exist: a backup replaces nothing."""
+
+
 DATA_COMMANDS: dict[str, type[Settings]] = {
     "import": DataImportSettings,
     "export": DataExportSettings,
     "stats": DataStatsSettings,
     "convert": DataConvertSettings,
+    "backup": DataBackupSettings,
 }

@@ -1,7 +1,7 @@
 """What people have judged, in one SQLite file: answers, votes, their history, and the queue of prompts.
 
 `records` are the values, `schema` the tables, `connections` how they are opened and written, `store` the operations,
-`export` the rows that trainers take, `stats` what the judgements say of themselves. No torch here.
+`backup` the copies, `export` the rows that trainers take, `stats` what the judgements say of themselves. No torch here.
 """
 
 from lowrank_align.store.records import (

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lowrank_align.errors import EnvironmentProblem, UserError, nearest
-from lowrank_align.store import schema
+from lowrank_align.store import backup, schema
 
 BUSY_SECONDS = 30.0  # how long one waits for another process's write
 
@@ -30,7 +30,8 @@ class Connections:
             self._writer = self._open()
             try:
                 schema.prepare(self._writer, path)
-                (state,) = self._writer.execute("PRAGMA quick_check(1)").fetchone()
+                # The quick one does not compare indices with tables, and what stands is found by one.
+                (state,) = self._writer.execute("PRAGMA integrity_check(1)").fetchone()
                 if state != "ok":
                     raise sqlite3.DatabaseError(state)
             except BaseException:
@@ -128,23 +129,23 @@ class Connections:
                 return EnvironmentProblem(f"{self.path}: cannot be written ({error}); check its permissions")
             case ["IOERR"]:
                 return EnvironmentProblem(f"{self.path}: the disk refuses ({error})")
-            case ["ERROR"]:  # a table that is missing, say
+            case ["ERROR"] | []:  # a table that is missing, say, or text that is no UTF-8
                 return self._damaged(error)
         return EnvironmentProblem(f"{self.path}: {error}")
 
     def _damaged(self, error: sqlite3.DatabaseError) -> UserError:
         what = " ".join(str(error).split())[:120]
-        if "not a database" in what:
+        if "not a database" in what and backup.newest(self.path) is None:
             return UserError(f"{self.path}: not a store (nor any SQLite file); name another file with --store")
-        return UserError(
-            f"{self.path}: damaged ({what}); take a backup, or save what `sqlite3 FILE .recover` still reads"
-        )
+        return UserError(f"{self.path}: damaged ({what}); {backup.advice(self.path)}")
 
 
 def _check_place(path: Path, create: bool) -> None:
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file with --store")
     if path.exists():
+        if not path.stat().st_size and backup.newest(path) is not None:
+            raise UserError(f"{path}: empty; {backup.advice(path)}")
         if not path.stat().st_size and not create:
             raise UserError(f"{path}: empty, not a store")
         return

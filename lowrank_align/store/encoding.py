@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
+from datetime import datetime
 from typing import Any
 
 from lowrank_align.store.records import Completion, Judgement, Record, Text
@@ -66,6 +68,21 @@ def judgement_of(values: Mapping[str, Any]) -> Judgement:
     )
 
 
+def record_in(column: str) -> Record:
+    """The record in a column of the store; sqlite3.DatabaseError where damage to the file has reached it."""
+    return _in(column, record_of)
+
+
+def judgement_in(column: str) -> Judgement:
+    """The judgement, likewise."""
+    return _in(column, judgement_of)
+
+
+def value_in(column: str) -> Any:
+    """Any JSON value, likewise."""
+    return _in(column, lambda value: value)
+
+
 def plain(text: Text) -> str:
     """What is said in it, for searching and comparing."""
     return text if isinstance(text, str) else "\n".join(_said(message) for message in text)
@@ -94,6 +111,22 @@ def clean(text: str) -> str:
 def names(found: Iterable[str]) -> str:
     """A JSON array of them for SQLite, each once, in order."""
     return json.dumps(sorted({clean(name) for name in found}))
+
+
+def time_in(column: str) -> str:
+    """The time, likewise."""
+    try:
+        datetime.fromisoformat(column)
+    except (TypeError, ValueError) as error:
+        raise sqlite3.DatabaseError(f"a row cannot be read: {error}") from error
+    return column
+
+
+def _in(column: str, made: Callable[[Any], Any]) -> Any:
+    try:
+        return made(json.loads(column))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise sqlite3.DatabaseError(f"a row cannot be read: {error}") from error
 
 
 def _said(message: Mapping[str, Any]) -> str:

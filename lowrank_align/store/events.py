@@ -1,6 +1,5 @@
 """The history: one row for each thing that was said, never changed. These work on a connection of the store's."""
 
-import json
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,5 +82,5 @@ def listed(connection: sqlite3.Connection, where: str = "1", parameters: Sequenc
 
 def _event(row: Sequence[Any]) -> Event:
     seq, event_id, record_id, annotator, version, kind, judgement, at = row
-    state = None if judgement is None else encoding.judgement_of(json.loads(judgement))
+    state = None if judgement is None else encoding.judgement_in(judgement)
     return Event(seq, event_id, record_id, annotator, version, kind, state, at)

@@ -1,11 +1,10 @@
 """The queue: prompts in their order. Which of them wait is derived from what stands, so a restart loses nothing."""
 
-import json
 import sqlite3
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lowrank_align.store.encoding import clean, content_id, to_json
+from lowrank_align.store.encoding import clean, content_id, to_json, value_in
 from lowrank_align.store.records import TRAINERS_OWN, Enqueued, QueuedPrompt, new_id, now
 
 _PROMPT = "p.id, p.body, p.seq, p.source, p.extra"
@@ -49,4 +48,4 @@ def every(connection: sqlite3.Connection) -> list[QueuedPrompt]:
 
 def _queued(row: Sequence[Any]) -> QueuedPrompt:
     prompt_id, body, position, source, extra = row
-    return QueuedPrompt(prompt_id, json.loads(body), position, source, json.loads(extra))
+    return QueuedPrompt(prompt_id, value_in(body), position, source, value_in(extra))

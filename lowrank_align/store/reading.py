@@ -1,7 +1,6 @@
 """What can be read from a store, from any thread, also while others write."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lowrank_align.errors import UserError
@@ -28,13 +27,14 @@ class Reading:
 
     def find(self, record_id: str) -> Record | None:
         """The record, or None."""
-        rows = self._rows("SELECT body FROM records WHERE id = ?", (record_id,))
-        return encoding.record_of(json.loads(rows[0][0])) if rows else None
+        found = self._rows("SELECT body FROM records WHERE id = ?", (record_id,), _record)
+        return found[0] if found else None
 
     def entry(self, record_id: str, annotator: str) -> Entry | None:
         """What stands, deleted or not; None where the annotator has said nothing or taken it all back."""
-        rows = self._rows(f"SELECT {_ENTRY} {JOINED} WHERE r.id = ? AND e.annotator = ?", (record_id, annotator))
-        return _entry(rows[0]) if rows else None
+        query = f"SELECT {_ENTRY} {JOINED} WHERE r.id = ? AND e.annotator = ?"
+        found = self._rows(query, (record_id, annotator), _entry)
+        return found[0] if found else None
 
     def history(self, record_id: str, annotator: str) -> list[Event]:
         """Everything that happened, oldest first."""
@@ -50,7 +50,7 @@ class Reading:
         where, parameters = Filters(**filters).where()
         way = "DESC" if newest_first else "ASC"
         query = f"SELECT {_ENTRY} {JOINED} WHERE {where} ORDER BY r.seq {way}, e.annotator LIMIT ? OFFSET ?"
-        return [_entry(row) for row in self._rows(query, (*parameters, -1 if limit is None else limit, offset))]
+        return self._rows(query, (*parameters, -1 if limit is None else limit, offset), _entry)
 
     def count(self, **filters: Any) -> int:
         """How many entries there are of those."""
@@ -76,7 +76,7 @@ class Reading:
             ON e.record = made.record AND e.annotator = made.annotator AND e.stands = made.version
             JOIN records AS r ON r.id = e.record
             WHERE made.annotator = ? AND {more} AND NOT e.deleted ORDER BY made.seq DESC LIMIT ?"""
-        return [_entry(row) for row in self._rows(query, (annotator, *events, *kinds, *origins, limit))]
+        return self._rows(query, (annotator, *events, *kinds, *origins, limit), _entry)
 
     def annotators(self) -> list[str]:
         """Everybody who has ever judged something here, by name."""
@@ -89,11 +89,12 @@ class Reading:
 
     def decisions(self) -> list[tuple[str, str]]:
         """(annotator, time) of every vote and edit, undone or not, oldest first."""
-        return self._rows(f"SELECT annotator, at FROM events WHERE kind IN {_DECISIONS} ORDER BY seq")
+        query = f"SELECT annotator, at FROM events WHERE kind IN {_DECISIONS} ORDER BY seq"
+        return self._rows(query, (), lambda row: (row[0], encoding.time_in(row[1])))
 
     def all_records(self) -> list[Record]:
         """Every record, judged or not, oldest first."""
-        return [encoding.record_of(json.loads(b)) for (b,) in self._rows("SELECT body FROM records ORDER BY seq")]
+        return self._rows("SELECT body FROM records ORDER BY seq", (), _record)
 
     def undone(self, annotator: str | None = None) -> int:
         """How many judgements were taken back and not made again."""
@@ -131,15 +132,22 @@ class Reading:
 
     def noted(self, key: str, default: Any = None) -> Any:
         """The key's value."""
-        rows = self._rows("SELECT value FROM notes WHERE key = ?", (key,))
-        return json.loads(rows[0][0]) if rows else default
+        found = self._rows("SELECT value FROM notes WHERE key = ?", (key,), lambda row: encoding.value_in(row[0]))
+        return found[0] if found else default
 
-    def _rows(self, query: str, parameters: Sequence[Any] = ()) -> list[Any]:
+    def _rows(
+        self, query: str, parameters: Sequence[Any] = (), made: Callable[[Any], Any] = lambda row: row
+    ) -> list[Any]:
+        """Each row as `made` makes it; what it finds damaged is told like other damage."""
         with self._file.reading() as connection:
-            return connection.execute(query, parameters).fetchall()
+            rows = connection.execute(query, parameters).fetchall()
+            return [made(row) for row in rows]
+
+
+def _record(row: Sequence[Any]) -> Record:
+    return encoding.record_in(row[0])
 
 
 def _entry(row: Sequence[Any]) -> Entry:
     body, annotator, judgement, version, at = row
-    record = encoding.record_of(json.loads(body))
-    return Entry(record, annotator, encoding.judgement_of(json.loads(judgement)), version, at)
+    return Entry(encoding.record_in(body), annotator, encoding.judgement_in(judgement), version, at)

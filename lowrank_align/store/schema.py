@@ -5,12 +5,12 @@ itself; the migration is one transaction, so a kill leaves the old schema or the
 refused. Events, records and prompts are only ever added; triggers refuse anything else, and what holds now is a view.
 """
 
-import os
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
 from lowrank_align.errors import EnvironmentProblem, UserError
+from lowrank_align.store import backup
 
 APPLICATION_ID = 0x6C726131  # "lra1"
 
@@ -94,7 +94,7 @@ def prepare(connection: sqlite3.Connection, path: Path, migrations: Sequence[Mig
     version = _version(connection, path, len(migrations))
     if version == len(migrations):
         return
-    backup = _back_up(connection, path, version) if version else None
+    copied = _back_up(connection, path, version) if version else None
     connection.execute("BEGIN IMMEDIATE")
     try:
         found = _version(connection, path, len(migrations))  # another process may have been faster
@@ -108,8 +108,8 @@ def prepare(connection: sqlite3.Connection, path: Path, migrations: Sequence[Mig
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
-    if backup is not None and found != version:
-        backup.unlink()
+    if copied is not None and found != version:
+        copied.unlink()
 
 
 def _version(connection: sqlite3.Connection, path: Path, newest: int) -> int:
@@ -125,13 +125,12 @@ def _version(connection: sqlite3.Connection, path: Path, newest: int) -> int:
 
 
 def _back_up(connection: sqlite3.Connection, path: Path, version: int) -> Path:
-    names = (f"{path.name}.v{version}{number}.bak" for number in ("", *(f"-{n}" for n in range(2, 1000))))
-    backup = next(place for name in names if not (place := path.with_name(name)).exists())
-    try:
-        connection.execute("VACUUM INTO ?", (str(backup),))
-        with open(backup, "rb") as file:
-            os.fsync(file.fileno())
-    except (OSError, sqlite3.OperationalError) as error:
-        backup.unlink(missing_ok=True)
-        raise EnvironmentProblem(f"{backup}: no backup could be written ({error}); {path.name} is as it was") from None
-    return backup
+    for number in ("", *(f"-{n}" for n in range(2, 1000))):
+        place = path.with_name(f"{path.name}.v{version}{number}{backup.ENDING}")
+        if not place.exists():
+            try:
+                backup.copy(connection, place)
+            except FileExistsError:  # another process migrates it too, and was faster
+                continue
+            return place
+    raise EnvironmentProblem(f"{path}: a thousand backups of it are here; move some away")

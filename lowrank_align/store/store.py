@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from lowrank_align.errors import UserError
-from lowrank_align.store import encoding, events, prompts
+from lowrank_align.store import backup, encoding, events, prompts
 from lowrank_align.store.connections import Connections
 from lowrank_align.store.reading import Reading
 from lowrank_align.store.records import (
@@ -74,7 +74,7 @@ class Store(Reading):
             if found is None:
                 names = "id, kind, origin, queue_id, repeat_of, sources, searchable, body"
                 connection.execute(f"INSERT INTO records ({names}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
-            elif encoding.record_of(json.loads(found[0])) != encoding.record_of(json.loads(body)):
+            elif encoding.record_in(found[0]) != encoding.record_of(json.loads(body)):
                 raise ValueError(f"record {record.id} is there already, with another content")
 
     def judge(
@@ -144,6 +144,23 @@ class Store(Reading):
         """Keep a small JSON value, such as a draft, in place of the key's old one."""
         with self._file.writing() as connection:
             connection.execute("REPLACE INTO notes VALUES (?, ?, ?)", (key, encoding.to_json(value), now()))
+
+    # ---- copies
+
+    def back_up(self, to: Path) -> None:
+        """A whole, checked copy of the file. FileExistsError where there is one; EnvironmentProblem where it fails."""
+        with self._file.reading() as connection:
+            backup.copy(connection, to)
+
+    def back_up_by_age(self, hours: float, keep: int) -> Path | None:
+        """A dated copy beside the file where the newest is older than that, and the newest `keep` stay.
+
+        None where none was due, none is to be kept, or there is nothing in the store yet.
+        """
+        if not keep or not self.pulse():
+            return None
+        with self._file.reading() as connection:
+            return backup.by_age(connection, self.path, hours, keep)
 
     # ---- within
 

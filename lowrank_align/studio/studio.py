@@ -15,7 +15,7 @@ from lowrank_align.config import StudioSettings
 from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import Shape, parse_row
 from lowrank_align.data.load import load_rows
-from lowrank_align.errors import UserError
+from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.loading import check_device, read_config, read_tokenizer
 from lowrank_align.memory import free_bytes
 from lowrank_align.preset_check import from_preset, preset_lines
@@ -80,7 +80,7 @@ class Studio:
             log.info("%s", line)
         base = Base.of(settings)
         base.model.eval()
-        return cls(base, renderer, store or Store(Path(settings.store).expanduser()), settings)
+        return cls(base, renderer, store or _opened_store(settings), settings)
 
     # ---- answers
 
@@ -211,3 +211,16 @@ class Studio:
         self.chats.close()
         self.speaker.close()
         self.store.close()
+
+
+def _opened_store(settings: StudioSettings) -> Store:
+    """The store, with a dated copy beside it where one is due; one that fails is told, and keeps nobody from work."""
+    store = Store(Path(settings.store).expanduser())
+    try:
+        made = store.back_up_by_age(settings.backup_hours, settings.backups)
+    except EnvironmentProblem as error:
+        log.warning("%s", error)
+    else:
+        if made is not None:
+            log.info("%s: backed up as %s", store.path, made.name)
+    return store

@@ -1,12 +1,5 @@
 """The studio as people start it, and a browser that only reaches this machine and remembers what it was asked."""
 
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,38 +8,17 @@ from urllib.parse import urlsplit
 
 import pytest
 
-START_SECONDS = 120
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+from tests.browser.running import Running, begin_studio, chromium
+
 # What Gradio's own script says when a page is reloaded while it waits for an answer.
 NOISE = ("AbortError", "Connection errored out", "BodyStreamBuffer was aborted", "Failed to fetch")
-
-
-@dataclass
-class Running:
-    """A studio in a process of its own, in a folder of its own."""
-
-    address: str
-    folder: Path
-    process: subprocess.Popen[str]
-    output: Path
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(60)
 
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """Debian's chromium through playwright; skips, saying why, where either is missing."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the dev extra has it)")
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed (Debian: apt-get install chromium)")
-    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=quiet)
+    with chromium() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture(scope="session")
@@ -55,33 +27,14 @@ def start_studio(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactor
     started: list[Running] = []
 
     def start(*flags: str, folder: Path | None = None) -> Running:
-        folder = folder or tmp_path_factory.mktemp("studio")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        output = folder / "output.txt"
-        command = [sys.executable, "-m", "lowrank_align", "studio", "--preset", "tiny", "--no-browser"]
-        process = subprocess.Popen(
-            [*command, "--port", str(port), *flags],
-            cwd=folder,
-            stdout=output.open("a"),
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        running = Running(f"http://127.0.0.1:{port}/", folder, process, output)
+        running = begin_studio(folder or tmp_path_factory.mktemp("studio"), *flags)
         started.append(running)
-        until = time.monotonic() + START_SECONDS
-        while f"open {running.address}" not in output.read_text():
-            assert process.poll() is None and time.monotonic() < until, output.read_text()
-            time.sleep(0.1)
+        running.wait()
         return running
 
     yield start
     for running in started:
-        if running.process.poll() is None:
-            running.process.kill()
-            running.process.wait()
+        running.kill()
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lowrank_align.errors import EnvironmentProblem, UserError
-from lowrank_align.store import Completion, Judgement, Record, Store, connections, schema
+from lowrank_align.store import Completion, Judgement, Record, Store, backup, connections, schema
 
 Added = Callable[..., Record]
 
@@ -189,7 +189,7 @@ def test_a_migration_that_fails_leaves_the_old_schema(old: Path, monkeypatch: py
 
 def test_without_a_backup_nothing_is_migrated(old: Path, newer: int, monkeypatch: pytest.MonkeyPatch) -> None:
     before = old.read_bytes()
-    monkeypatch.setattr(schema.os, "fsync", full_disk)
+    monkeypatch.setattr(backup.os, "fsync", full_disk)
     with pytest.raises(EnvironmentProblem, match="no backup could be written"):
         Store(old)
     assert old.read_bytes() == before

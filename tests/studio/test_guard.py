@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from lowrank_align.apps.studio.guard import HEADERS, Guard, host_headers
+from lowrank_align.apps.studio.guard import HEADERS, Guard, _own_sites, host_headers
 
 HOSTS = host_headers(["localhost", "127.0.0.1", "[::1]"], 7860)
 HOME = {"host": "127.0.0.1:7860"}
@@ -168,3 +168,29 @@ def test_host_headers() -> None:
     }
     assert host_headers(["studio.lan"], 80) == {"studio.lan:80", "studio.lan"}
     assert host_headers(["[fe80::1]:8443"], 7860) == {"[fe80::1]:8443"}
+
+
+def test_no_address_is_fetched_for_somebody() -> None:
+    """Gradio's route for files would fetch another server's and hand it on, past the page's policy."""
+    for path in (
+        "http://evil.example/a.png",
+        "HTTPS://evil.example/",
+        " http://evil.example/",
+        "/http://evil.example",
+        "ftp:x",
+    ):
+        assert asked(path=f"/gradio_api/file={path}")[0] == 404, path
+    assert asked(path="/gradio_api/file/https://evil.example/")[0] == 404
+    for path in ("/tmp/lowrank-studio-1/a.jsonl", "C:\\Temp\\a.jsonl", "/tmp/a:b.jsonl"):
+        assert asked(path=f"/gradio_api/file={path}", body=[b"1"])[0] == 200, path
+
+
+def test_cookies_are_for_this_site_alone() -> None:
+    """And those that other programs of this machine have left beside them hide none."""
+    assert _own_sites(b"a=b; Path=/; SameSite=none; Secure") == b"a=b; Path=/; Secure; SameSite=strict"
+    assert _own_sites(b"a=b; HttpOnly; Path=/; SameSite=lax") == b"a=b; HttpOnly; Path=/; SameSite=strict"
+    for junk in ('{"a": 1}', "a b=c", "=", "[x]", 'b="c'):
+        cookie = {**HOME, "cookie": f"{junk}; key=right"}
+        assert asked(cookie, "/config", body=[b"1"], signed_in=lambda found: found.get("key") == "right")[0] == 200, (
+            junk
+        )

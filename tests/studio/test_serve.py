@@ -217,6 +217,20 @@ def test_no_path_leads_to_a_file_of_the_machine(page: Page, monkeypatch: pytest.
     assert page.ask("/gradio_api/proxy=http://127.0.0.1:1/").status == 404
 
 
+def test_only_what_was_uploaded_is_taken_for_an_upload(page: Page) -> None:
+    """Also in place of a text: Gradio copies whatever calls itself a file to where it can be asked for."""
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    before = {file for file in folder.rglob("*") if file.is_file()}
+    for path in (str(page.folder / "studio.db"), "/etc/passwd", "http://127.0.0.1:1/x"):
+        given = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        began = page.ask(
+            "/gradio_api/call/shout", "POST", json.dumps({"data": [given]}), Content_Type="application/json"
+        )
+        came = page.ask(f"/gradio_api/call/shout/{json.loads(began.body)['event_id']}").body
+        assert "event: error" in came and "event: complete" not in came, path
+    assert {file for file in folder.rglob("*") if file.is_file()} == before
+
+
 def test_an_uploads_name_leads_nowhere(page: Page) -> None:
     for name in ("../../evil.txt", "..\\..\\evil.txt", "/tmp/evil.txt"):
         answered = page.upload(name, b"x")
