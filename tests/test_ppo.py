@@ -141,7 +141,8 @@ def test_a_step_by_hand(
     beta, gamma, lam, penalty, clip, clip_value = 0.3, 0.9, 0.8, 0.7, 0.05, 0.1
     knobs = {"kl_coefficient": beta, "gamma": gamma, "gae_lambda": lam, "missing_eos_penalty": penalty}
     knobs |= {"clip_range": clip, "clip_range_value": clip_value, "value_coefficient": 0.25, "temperature": 0.8}
-    method, prompts = make_method("ppo", PROMPTS, reward=reward, **SMALL | {"ppo_epochs": 1, "minibatches": 1}, **knobs)
+    knobs |= SMALL | {"ppo_epochs": 1, "minibatches": 1, "seed": 1}  # with one answer that ends and others that do not
+    method, prompts = make_method("ppo", PROMPTS, reward=reward, **knobs)
     seen: dict[str, Any] = {}
     roll_out, said, of_trees = method.roll_out, method._said, method.rewards.of_trees
     method.roll_out = lambda *a: seen.setdefault("groups", roll_out(*a))

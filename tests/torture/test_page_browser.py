@@ -100,9 +100,9 @@ def collect(page: Any) -> None:
 def data(page: Any) -> None:
     """The list, its filters, and an entry with its history."""
     show(page, "data")
-    page.wait_for_selector("#data-table td")
+    page.wait_for_selector("#data-table", state="visible")
     wait_for_text(page, "data-where", " of ")
-    page.locator("#data-table tbody tr").first.locator("td").nth(4).click()
+    page.locator("#data-table tbody tr:visible").first.locator("td").nth(4).click()
     page.wait_for_selector("#data-prompt textarea", state="visible")
     page.click("#data-past > button, #data-past .label-wrap")
     for name in ("data-annotators", "data-tags"):
