@@ -27,9 +27,9 @@ from lowrank_align.config import ADAPTERS_OWN, METHODS, OnlineSettings, TrainSet
 from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row
 from lowrank_align.data.training import TrainingRows, training_rows
-from lowrank_align.errors import UserError, nearest
+from lowrank_align.errors import UserError, memory_for, nearest
 from lowrank_align.loading import read_config, read_tokenizer
-from lowrank_align.loop import Loop
+from lowrank_align.loop import LESS_MEMORY, Loop
 from lowrank_align.methods import method_class
 from lowrank_align.methods.method import Method
 from lowrank_align.plots import plot_metrics
@@ -108,6 +108,7 @@ def train(
             with (
                 stop or StopSignals() as stopping,
                 open_run(out, resume=settings.resume, overwrite=settings.overwrite, method=settings.method) as run,
+                memory_for(f"in {out}", f"{LESS_MEMORY}; --resume goes on from the last checkpoint"),
             ):
                 _write_down(run, settings, rows.dropped, Path(scratch))
                 return _run(trainer, rows, run, progress, stopping)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # its submodules. The package root stands outside: it is the façade, which all may ask for `__version__`.
 LAYERS: dict[str, list[str]] = {
     "errors": ["errors"],
-    "settings": ["locks", "config", "architecture", "hub", "presets", "plan", "ratings", "store"],
+    "settings": ["locks", "config", "architecture", "hub", "presets", "plan", "ratings", "alarms", "store"],
     "tensors": ["tensors", "trees", "objectives"],
     "a run": ["memory", "checkpoint", "doctor", "provenance", "runs", "listing", "plots", "progress", "stopping"],
     "the base and its rows": [
@@ -43,7 +43,7 @@ LAYERS: dict[str, list[str]] = {
     ],
     "around the base": ["preset_check", "rollout", "pairs", "rewards", "conversation", "export"],
     "methods": ["methods"],
-    "training": ["preflight", "loop", "checks", "train"],
+    "training": ["preflight", "optimizer", "loop", "checks", "train"],
     "evaluation": ["evaluate"],
     "behind the page": ["studio", "rounds"],
     "programs": ["commands", "cli", "apps", "__main__"],
@@ -68,6 +68,7 @@ NOT_KNOWN: dict[str, set[str]] = {
     "studio": {"gradio"},
     "locks": {"torch", "numpy"} | MODELS,
     "ratings": {"torch"} | MODELS,
+    "alarms": {"torch", "numpy"} | MODELS,
     "tensors": MODELS,
     "objectives": MODELS,
 }

@@ -4,6 +4,7 @@ Of rankings the mean over their comparisons, or the likelihood of the whole orde
 """
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from lowrank_align.checkpoint import write_atomic
 from lowrank_align.config import RewardSettings
 from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row, Shape
-from lowrank_align.errors import UserError
+from lowrank_align.errors import NumericError, UserError
 from lowrank_align.methods.method import Method, Metrics, Retry
 from lowrank_align.objectives.paired import bradley_terry, centring, mean_per_row
 from lowrank_align.objectives.ranked import MOST_TIED, TOO_MANY_TIES, most_tied, whole_orders
@@ -99,7 +100,10 @@ class Reward(Method[RewardSettings, TreeRow]):
                 return torch.cat([self.base.scores(batch) for batch in batches]).double().mean().item()
 
         role = self.base.roles["reward"]
-        role.shift, self.shifted_rows = retry(mean_score, "micro_batch_size"), len(rows)
+        shift = retry(mean_score, "micro_batch_size")
+        if not math.isfinite(shift):
+            raise NumericError(f"the mean score of {len(rows)} training completions is {shift}; the model is not saved")
+        role.shift, self.shifted_rows = shift, len(rows)
         return {"shift": role.shift}
 
     def samples(self, rows: Sequence[TreeRow], step: int) -> list[dict[str, Any]]:
