@@ -12,16 +12,16 @@ from typing import Any, ClassVar
 
 WINDOW = 12  # steps over which a change is looked for
 CLIMB = 0.5  # Kendall's tau with time from which a figure climbs: by chance in 12 steps 1 in 95 times
-LONGER = 1.05  # and answers must have grown by a twentieth from the window's first half to its second
+LONGER = 1.1  # and answers must have grown by a tenth from the window's first half to its second
 
-NOW = 3  # steps whose median is the KL of now: no single step can raise the alarm
+NOW = 5  # steps whose median is the KL of now: no single step can raise the alarm
 LEAP = 4.0  # times the KL of the window before
 LEAST_LEVEL = 0.125  # nats a token: KL that begins at 0 leaps over anything smaller
 FAR = 1.0  # nats a token, whatever was before
 OVER_TARGET = 3.0  # times `target_kl`
 
-FALL = 0.2  # of the chosen answers' log-probability at the start
-CLEAR = 2.0  # times the noise of a step
+FALL = 0.25  # of the chosen answers' log-probability at the start
+CLEAR = 3.0  # times the noise of a step
 
 
 class Alarm(ABC):
@@ -136,25 +136,26 @@ class LikelihoodWatch(Alarm):
     """Notices when the chosen answers themselves become unlikely, while margins grow because the rejected fall faster.
 
     Likelihood displacement (Razin et al. 2024, arXiv 2410.08847): what neither of the two says gets the probability.
-    Some of it is in every run of DPO; this is a fifth of the log-probability, clear of the noise between batches.
+    Some of it is in every run of DPO; this is a quarter of the log-probability, clear of the noise between batches.
     """
 
     name = "likelihood_displacement"
+    keeps = 2 * WINDOW
 
     def __init__(self) -> None:
         super().__init__()
-        self._first: list[list[float]] = []  # chosen and margin of the first steps, where no reference knows the start
+        self._first: list[list[float]] = []  # chosen and margin of the first steps, where no reference knows them
 
     def add(self, chosen: float, margin: float, reference: float | None = None) -> bool:
         """A step's log-probability of the chosen answers and margin; True where the alarm begins.
 
-        `reference`: their log-probability at the start. Without it the first window's steps say what it was.
+        `reference`: their log-probability at the start. Without it the first steps say what it was.
         """
         if not math.isfinite(chosen) or not math.isfinite(margin):
             return False
         if reference is not None:
             return self._note((reference - chosen) / max(abs(reference), 1e-6), margin)
-        if len(self._first) < WINDOW:
+        if len(self._first) < NOW:
             self._first.append([chosen, margin])
             return False
         start, start_margin = (median(column) for column in zip(*self._first, strict=True))
@@ -162,17 +163,18 @@ class LikelihoodWatch(Alarm):
 
     @property
     def on(self) -> bool:
-        """Over a full window; as margins have grown, the rejected have fallen by more."""
-        if len(self._seen) < WINDOW:
+        """Over a full window, or two where the start is not known; as margins have grown, the rejected fell by more."""
+        window = 2 * WINDOW if self._first else WINDOW
+        if len(self._seen) < window:
             return False
-        falls = self._column(0)
-        noise = 1.05 * median(abs(b - a) for a, b in pairwise(falls))  # 1.4826 / sqrt(2): of a step, free of the trend
-        return median(falls) >= max(FALL, CLEAR * noise) and median(self._column(1)) > 0
+        falls, margins = self._column(0)[-window:], self._column(1)[-window:]
+        grown = CLEAR * _noise(margins) if self._first else 0.0  # a reference's margin begins at exactly 0
+        return median(falls) >= max(FALL, CLEAR * _noise(falls)) and median(margins) > grown
 
     @property
     def line(self) -> str:
         return (
-            f"the chosen answers have lost {100 * median(self._column(0)):.0f} % of their log-probability while margins"
+            f"the chosen answers have lost {100 * median(self._column(0)[-WINDOW:]):.0f} % of their log-probability while margins"
             " grew (likelihood displacement): lower --learning-rate, raise --beta, or add nll to --loss"
         )
 
@@ -182,6 +184,11 @@ class LikelihoodWatch(Alarm):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._first = state.get("first", [])
+
+
+def _noise(series: Sequence[float]) -> float:
+    """The standard deviation of a step around whatever trend there is, from the median change between neighbours."""
+    return 1.4826 / math.sqrt(2) * median(abs(b - a) for a, b in pairwise(series))
 
 
 def _kendall(series: Sequence[float]) -> float:

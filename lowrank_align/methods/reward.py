@@ -102,7 +102,7 @@ class Reward(Method[RewardSettings, TreeRow]):
         role = self.base.roles["reward"]
         shift = retry(mean_score, "micro_batch_size")
         if not math.isfinite(shift):
-            raise NumericError(f"the mean score of {len(rows)} training completions is {shift}; the model is not saved")
+            raise NumericError(f"the mean score over {len(rows)} training rows is {shift}; the model is not saved")
         role.shift, self.shifted_rows = shift, len(rows)
         return {"shift": role.shift}
 

@@ -202,7 +202,7 @@ def test_a_target_that_is_missed() -> None:
     """30 nats an answer of 100 tokens are no blow-up; with a target of 6 they are, with one of 20 not."""
     steady = [(30.0, 100.0)] * 20
     assert told(KLWatch("--beta"), iter(steady)) == []
-    assert told(KLWatch("--kl-coefficient", 6.0), iter(steady)) == [2]
+    assert told(KLWatch("--kl-coefficient", 6.0), iter(steady)) == [4]
     assert told(KLWatch("--kl-coefficient", 20.0), iter(steady)) == []
 
 

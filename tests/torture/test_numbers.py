@@ -224,7 +224,7 @@ def five_and_out(run: Run, method: str, name: str, step: int, tmp_path: Path, **
         advice = "lower --learning-rate" if step > 1 else "not one was taken"
         if error.exit_code != 4 or f"5 steps in a row without finite numbers; {advice}" not in str(error):
             wrong.append(str(error))
-    steps = [line["step"] for line in lines_of(tmp_path / name)] if step + 3 else []
+    steps = [line["step"] for line in lines_of(tmp_path / name)]
     if steps != list(range(1, step + 4)):
         wrong.append(f"logged {steps}")
     return wrong + not_finite(tmp_path / name)
@@ -428,16 +428,10 @@ def test_the_shift_of_a_reward_model(run: Run, poison: Poison, tally: Any, tmp_p
     poison.patch.setattr(
         Base, "scores", lambda self, *a, **k: before(self, *a, **k) + (0 if self.model.training else math.nan)
     )
-    with pytest.raises(NumericError, match="the mean score of 8 training completions is nan"):
+    with pytest.raises(NumericError, match="the mean score over 8 training rows is nan"):
         go(run, "reward", "run", max_steps=2)
     held = not not_finite(tmp_path / "run") and not (tmp_path / "run" / "reward.json").exists()
-    tally(
-        SECTION,
-        "NaN or infinity in the base's weights",
-        "code 4 at the fifth step in a row, nothing of it saved",
-        held=int(held),
-        of=1,
-    )
+    tally(SECTION, "a reward model's mean score is NaN", "code 4, no model is saved", held=int(held), of=1)
     assert held
 
 
