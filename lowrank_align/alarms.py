@@ -158,7 +158,10 @@ class LikelihoodWatch(Alarm):
         if len(self._first) < NOW:
             self._first.append([chosen, margin])
             return False
-        start, start_margin = (median(column) for column in zip(*self._first, strict=True))
+        chosen_first, margins_first = zip(*self._first, strict=True)
+        start, start_margin = median(chosen_first), median(margins_first)
+        if chosen_first[0] - start > 2 * FALL * abs(chosen_first[0]):  # it fell within these steps, by more than noise
+            start, start_margin = self._first[0]
         return self._note((start - chosen) / max(abs(start), 1e-6), margin - start_margin)
 
     @property

@@ -244,7 +244,7 @@ SHORT = [
 ]
 PROMPTS = [{"prompt": row["prompt"]} for row in SHORT]
 STEADY = {"lr_schedule": "constant", "warmup_ratio": 0.0, "rank": 4}
-SAMPLED = {"reward": "builtins:letters", "max_new_tokens": 20, "missing_eos_penalty": 0.0, "batch_size": 6}
+SAMPLED = {"reward": "builtins:letters", "max_new_tokens": 20, "missing_eos_penalty": 0.0}
 
 Run = Callable[..., Path]
 
@@ -274,25 +274,30 @@ def short(run: Run, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A policy that has learned answers of two or three letters; `builtins:letters` counts the `a` in them."""
     monkeypatch.setattr("builtins.letters", lambda prompts, texts: [float(t.count("a")) for t in texts], raising=False)
     monkeypatch.setattr("builtins.briefly", lambda prompts, texts: [float("b" in t[:3]) for t in texts], raising=False)
-    return run("sft", SHORT, "short", max_steps=60, batch_size=6, learning_rate=1e-2, **STEADY)
+    return run("sft", SHORT, "short", max_steps=60, batch_size=6, micro_batch_size=6, learning_rate=1e-2, **STEADY)
+
+
+@pytest.fixture
+def learned(run: Run) -> Path:
+    """A policy that knows both answers of each pair, so that there is something to lose."""
+    rows = [{"prompt": row["prompt"], "completion": row[side]} for row in PAIRS for side in ("chosen", "rejected")]
+    return run("sft", rows, "learned", max_steps=40, batch_size=8, micro_batch_size=8, learning_rate=1e-2, **STEADY)
+
+
+REAL = "real runs, of each kind one that goes wrong and one that goes well"
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "simpo"])
-def test_dpo_at_a_rate_far_too_high(loss: str, run: Run, tally: Any) -> None:
+def test_dpo_at_a_rate_far_too_high(loss: str, run: Run, learned: Path, tally: Any) -> None:
     """With a reference and without: one line, and the figure is 1 from there on; at a fair rate, nothing."""
     progress, quiet = Notes(), Notes()
-    knobs = {"loss": loss, "max_steps": 40, "batch_size": 8, **STEADY} | ({"beta": 2.0} if loss == "simpo" else {})
-    bad = figure(run("dpo", PAIRS, "bad", learning_rate=0.1, progress=progress, **knobs), "likelihood_displacement")
-    good = figure(run("dpo", PAIRS, "good", learning_rate=1e-3, progress=quiet, **knobs), "likelihood_displacement")
+    knobs = {**STEADY, "loss": loss, "adapter": str(learned), "max_steps": 32, "batch_size": 8, "micro_batch_size": 8}
+    knobs |= {"beta": 2.0} if loss == "simpo" else {}
+    bad = figure(run("dpo", PAIRS, "bad", learning_rate=0.03, progress=progress, **knobs), "likelihood_displacement")
+    good = figure(run("dpo", PAIRS, "good", learning_rate=1e-4, progress=quiet, **knobs), "likelihood_displacement")
     lines = [note for note in progress.notes if "likelihood displacement" in note]
     held = (max(bad) == 1 and len(lines) == 1) + (max(good) == 0 and not any("displacement" in n for n in quiet.notes))
-    tally(
-        SECTION,
-        "real runs, two that go wrong and two that do not, of each alarm",
-        "the wrong ones told, once",
-        held=held,
-        of=2,
-    )
+    tally(SECTION, REAL, "the wrong one told, once", held=held, of=2)
     assert len(lines) == 1 and bad.count(1.0) > 1, bad
     assert "--learning-rate" in lines[0] and "--beta" in lines[0]
     assert max(good) == 0, quiet.notes
@@ -301,32 +306,34 @@ def test_dpo_at_a_rate_far_too_high(loss: str, run: Run, tally: Any) -> None:
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
 def test_paid_by_the_letter(method: str, run: Run, short: Path, tally: Any) -> None:
     """A reward that counts a letter, with KL for nothing: answers fill with it, and both alarms say so, once each."""
-    knobs = {**SAMPLED, **STEADY, "adapter": str(short), "max_steps": 40}
-    knobs |= {"kl_coefficient": 0.0} if method == "ppo" else {"beta": 1e-9, "group_size": 6}
+    knobs = {**SAMPLED, **STEADY, "adapter": str(short), "max_steps": 20, "micro_batch_size": 24}
+    own: dict[str, Any] = {"batch_size": 24, "minibatches": 1, "ppo_epochs": 1, "kl_coefficient": 0.0}
+    knobs |= own if method == "ppo" else {"batch_size": 6, "group_size": 6, "beta": 1e-9}
     progress, quiet = Notes(), Notes()
-    folder = run(method, PROMPTS, "bad", learning_rate=1e-2, progress=progress, **knobs)
+    folder = run(method, PROMPTS, "bad", learning_rate=3e-3, progress=progress, **knobs)
     hacked, blown = (figure(folder, name) for name in ("reward_hacking", "kl_blow_up"))
     lines = [[n for n in progress.notes if words in n] for words in ("exploiting the reward", "KL has blown up")]
     knobs |= {"kl_coefficient": 0.2} if method == "ppo" else {"beta": 0.2}
     fair = run(method, PROMPTS, "good", learning_rate=3e-4, progress=quiet, **knobs | {"reward": "builtins:briefly"})
     alarms = figure(fair, "reward_hacking") + figure(fair, "kl_blow_up")
     held = max(hacked) == 1 and max(blown) == 1 and [len(found) for found in lines] == [1, 1]
-    tally(
-        SECTION,
-        "real runs, two that go wrong and two that do not, of each alarm",
-        "the wrong ones told, once",
-        held=held + (max(alarms) == 0),
-        of=2,
-    )
+    tally(SECTION, REAL, "the wrong one told, once", held=held + (max(alarms) == 0), of=2)
     assert max(hacked) == max(blown) == 1, (hacked, blown)
     assert [len(found) for found in lines] == [1, 1], progress.notes
     assert ("--kl-coefficient" if method == "ppo" else "--beta") in lines[1][0]
     assert max(alarms) == 0, quiet.notes
 
 
-def test_alarms_over_a_resume(run: Run, tmp_path: Path) -> None:
+def test_alarms_over_a_resume(run: Run, learned: Path) -> None:
     """Stopped in the middle of what begins to be alarming: the figures and the one line are those of a whole run."""
-    knobs = {"max_steps": 30, "batch_size": 8, "learning_rate": 0.1, **STEADY}
+    knobs = {
+        **STEADY,
+        "max_steps": 20,
+        "batch_size": 8,
+        "micro_batch_size": 8,
+        "learning_rate": 0.03,
+        "adapter": str(learned),
+    }
     whole, before, after = Notes(), Notes(), Notes()
     expected = figure(run("dpo", PAIRS, "whole", progress=whole, **knobs), "likelihood_displacement")
     begins = expected.index(1.0)

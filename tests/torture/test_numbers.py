@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,13 @@ from lowrank_align.progress import Progress
 from lowrank_align.rewards import Rewards
 
 SECTION = "Numbers"
+LONG = "LOWRANK_TORTURE" in os.environ  # else a few of the cases
+
+
+def of(cases: Any, *few: Any) -> list[Any]:
+    return list(cases) if LONG else list(few)
+
+
 VALUES = (math.nan, math.inf, -math.inf)
 HUGE = (1e30, -1e30, 3e38)  # that 32 bits hold, but not their squares or sums
 
@@ -239,8 +247,8 @@ def test_once(method: str, run: Run, poison: Poison, times: Any, tally: Any, mon
     draw, names = random.Random(method), list(METHODS)
     for i, (point, put) in enumerate(POINTS.items()):
         chosen = times(1, len(VALUES))
-        if chosen == 1 and (names.index(method) + i) % 3 == 2:
-            continue  # of the short form's three points two
+        if not LONG and (names.index(method) + i) % 3:
+            continue  # of the three points one
         failed = []
         with monkeypatch.context() as patch:
             poison.patch = patch
@@ -264,7 +272,7 @@ def test_once(method: str, run: Run, poison: Poison, times: Any, tally: Any, mon
         assert not failed, point
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", of(METHODS, "sft", "ppo", "expert"))
 def test_lasting(
     method: str, run: Run, poison: Poison, times: Any, tally: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,7 +293,7 @@ def test_lasting(
 # ---- what an answer is worth
 
 
-@pytest.mark.parametrize("method", ONLINE)
+@pytest.mark.parametrize("method", of(ONLINE, "ppo", "expert"))
 def test_a_reward_model(
     method: str, run: Run, poison: Poison, trained: Path, times: Any, tally: Any, tmp_path: Path
 ) -> None:
@@ -315,7 +323,7 @@ def test_a_reward_model(
     assert not failed
 
 
-@pytest.mark.parametrize("method", ONLINE)
+@pytest.mark.parametrize("method", of(ONLINE, "quark"))
 def test_a_reward_function(method: str, run: Run, poison: Poison, times: Any, tally: Any, tmp_path: Path) -> None:
     """It is the user's to mend: one line with the prompt, the steps before saved; mended, the run ends as if never."""
     clean, failed = adapter_of(go(run, method, "clean", max_steps=3)), []
@@ -350,7 +358,7 @@ def test_a_reward_function(method: str, run: Run, poison: Poison, times: Any, ta
 # ---- weights
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", of(METHODS, "reward", "ppo"))
 def test_weights_after_a_step(method: str, run: Run, poison: Poison, times: Any, tally: Any, tmp_path: Path) -> None:
     """No way leads back but the last checkpoint: seen at once, not saved; resumed, the end is that of a clean run."""
     in_the_weights(poison)
@@ -379,7 +387,7 @@ def test_weights_after_a_step(method: str, run: Run, poison: Poison, times: Any,
 def test_a_rate_that_overflows(run: Run, tally: Any, tmp_path: Path) -> None:
     """Loss and gradient are finite, the step is not."""
     with pytest.raises(NumericError, match="the update of step 1 left weights that are not finite"):
-        go(run, "sft", "run", max_steps=2, learning_rate=1e39)
+        go(run, "sft", "run", max_steps=2, learning_rate=3e38)
     wrong = not_finite(tmp_path / "run")
     tally(SECTION, "a learning rate that overflows", "seen in that step, not saved", held=int(not wrong), of=1)
     assert not wrong
@@ -396,7 +404,7 @@ def broken(base: Any, value: float) -> Iterator[Callable[[], None]]:
         weight.data.copy_(before)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", of(METHODS, "dpo", "online-dpo"))
 def test_the_base(
     method: str, run: Run, poison: Poison, times: Any, tally: Any, tmp_path: Path, tiny_base: Any
 ) -> None:
@@ -438,7 +446,7 @@ def test_the_shift_of_a_reward_model(run: Run, poison: Poison, tally: Any, tmp_p
 # ---- held-out rows
 
 
-@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("value", of(VALUES, math.nan))
 def test_an_evaluation_is_no_best_one(value: float, run: Run, tally: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first held-out loss is no number; 3, 2, 4 follow: the adapter of step 3 is kept."""
     losses = [value, 3.0, 2.0, 4.0]
@@ -451,7 +459,7 @@ def test_an_evaluation_is_no_best_one(value: float, run: Run, tally: Any, monkey
     assert held
 
 
-@pytest.mark.parametrize("method", ONLINE)
+@pytest.mark.parametrize("method", of(ONLINE, "rloo"))
 def test_a_reward_model_in_evaluation(
     method: str, run: Run, trained: Path, tally: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -485,7 +493,7 @@ def test_a_reward_model_in_evaluation(
 # ---- one row with a number that is finite, and far from all others
 
 
-@pytest.mark.parametrize("method", ONLINE)
+@pytest.mark.parametrize("method", of(ONLINE, "ppo", "rloo"))
 def test_one_huge_score(method: str, run: Run, poison: Poison, times: Any, tally: Any) -> None:
     """Whenever it is drawn, one prompt's first answer scores 1e30 and more. Steps without it go on learning."""
     count, failed = times(1, 3), []
