@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowrank_align.errors import EnvironmentProblem, NumericError
+from lowrank_align.errors import EnvironmentProblem, NumericError, is_out_of_memory, said_shortly
 
 if TYPE_CHECKING:
     import torch
@@ -72,10 +72,10 @@ def save(folder: Path, step: int, state: State, keep: int) -> Path:
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: at least the new checkpoint stays")
-    _refuse_non_finite(state, step)
     values_json = json.dumps({"format": FORMAT, "values": _encode(state.values)}, allow_nan=False).encode()
     temporary, final = folder / f".tmp-step-{step}", folder / f"step-{step}"
     try:
+        _refuse_non_finite(state, step)
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(".tmp-*/"):
             shutil.rmtree(stale)
@@ -84,8 +84,10 @@ def save(folder: Path, step: int, state: State, keep: int) -> Path:
         if problem := verify(temporary, step):
             raise OSError(f"read back wrong: {problem}")
         _publish(temporary, final)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, OSError) and not is_out_of_memory(error):
+            raise
+        reason = getattr(error, "strerror", None) or said_shortly(error)
         raise EnvironmentProblem(
             f"{final}: could not save the checkpoint: {reason}; earlier ones are untouched, and `--resume` finds them"
         ) from error

@@ -25,6 +25,7 @@ from lowrank_align.errors import (
     EXIT_RESUMABLE,
     Stopped,
     UserError,
+    is_out_of_memory,
     nearest,
 )
 from lowrank_align.stopping import sigterm_interrupts
@@ -43,7 +44,6 @@ GROUPS = {
     "DataSettings": "the store",
 }
 PLAIN = 4  # settings that share nothing: themselves, Settings, BaseModel, object
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # the words of torch on GPUs and on CPUs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,14 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
-    except OSError as error:  # no permission, a full disk, a name that is too long: wherever nothing better was said
+    except (MemoryError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            print("error: out of memory; take a smaller model, --batch-size, --max-length or --rank", file=sys.stderr)
+            return EXIT_ENVIRONMENT
+        if not isinstance(error, OSError):
+            raise
+        # no permission, a full disk, a name that is too long: wherever nothing better was said
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error).splitlines()[0]
         print(f"error: {what}", file=sys.stderr)
-        return EXIT_ENVIRONMENT
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
-            raise
-        print("error: out of memory; take a smaller model, --batch-size, --max-length or --rank", file=sys.stderr)
         return EXIT_ENVIRONMENT
 
 

@@ -4,7 +4,8 @@ A `UserError` is printed as its message alone, never as a traceback; anything el
 Messages say what, where, and what to do: `pairs.jsonl:17: rejected: missing (fields: prompt, chosen)`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 EXIT_DONE = 0
@@ -12,6 +13,19 @@ EXIT_DATA_OR_CONFIG = 2
 EXIT_ENVIRONMENT = 3
 EXIT_NUMERIC = 4
 EXIT_RESUMABLE = 75
+
+# In lower case, how torch, its backends, bitsandbytes and the C library say it, few of them by an error of its own.
+# `_status_alloc_failed`: cuBLAS, cuDNN and their relatives; `_out_of_`: Intel's level zero.
+OUT_OF_MEMORY = (
+    "out of memory",
+    "_status_alloc_failed",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "_out_of_device_memory",
+    "_out_of_host_memory",
+)
 
 
 class UserError(Exception):
@@ -33,6 +47,10 @@ class NumericError(UserError):
     exit_code = EXIT_NUMERIC
 
 
+class NoNumbers(NumericError):
+    """What one step has to learn from is not finite; the loop leaves that step out."""
+
+
 class Stopped(UserError):
     """Stopped on request with everything saved; `--resume` goes on."""
 
@@ -43,3 +61,25 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`" (did you mean X?)"` for the closest known name, or an empty string where none is close."""
     matches = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says, in any of the wordings, that memory ran out."""
+    said = isinstance(error, RuntimeError | OSError) and any(words in str(error).lower() for words in OUT_OF_MEMORY)
+    return said or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+
+
+def said_shortly(error: BaseException) -> str:
+    """The beginning of what an error says, on one line."""
+    return str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+
+
+@contextmanager
+def memory_for(what: str, otherwise: str) -> Iterator[None]:
+    """EnvironmentProblem `out of memory WHAT (as the error says it); OTHERWISE` where it runs out inside."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not is_out_of_memory(error):
+            raise
+        raise EnvironmentProblem(f"out of memory {what} ({said_shortly(error)}); {otherwise}") from error

@@ -23,7 +23,7 @@ from transformers import __version__ as transformers_version
 from transformers import logging as transformers_logging
 
 from lowrank_align import hub
-from lowrank_align.errors import EnvironmentProblem, UserError
+from lowrank_align.errors import EnvironmentProblem, UserError, is_out_of_memory
 from lowrank_align.progress import Progress
 from lowrank_align.provenance import weights_hash
 from lowrank_align.workers import local_rank
@@ -70,7 +70,9 @@ def load_frozen(
     try:
         storage = compute if float_storage else torch.uint8
         model = _from_pretrained(path, name, config, quantize, where, compute, attention, storage)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise EnvironmentProblem(f"{name}: does not fit on {where}; try --quantize nf4 or a smaller model") from error
     if where.type == "cpu" and quantize != "none":
         _leave_file(model)
@@ -221,9 +223,9 @@ def _from_pretrained(
     transformers_logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(path, config=config, **options)
-    except torch.OutOfMemoryError:
-        raise
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{name}: cannot be loaded as a causal language model: {_first_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -1,8 +1,8 @@
 """The one training loop: accumulate, clip, step, log, evaluate, save; the same for every method.
 
 Promises: the effective batch never changes (on out-of-memory the micro-batch is halved and the same batch retried), a
-non-finite loss or gradient is not stepped on, and a resumed run goes on bitwise. Every random draw has a generator
-seeded by what it is for, so there is no global state to keep.
+non-finite loss, gradient or score is not stepped on, no half of an update is ever saved, and a resumed run goes on
+bitwise. Every random draw has a generator seeded by what it is for, so there is no global state to keep.
 """
 
 import logging
@@ -22,8 +22,18 @@ from transformers import get_scheduler
 
 from lowrank_align import checkpoint
 from lowrank_align.config import TrainSettings
-from lowrank_align.errors import EnvironmentProblem, NumericError, Stopped, UserError
+from lowrank_align.errors import (
+    EnvironmentProblem,
+    NoNumbers,
+    NumericError,
+    Stopped,
+    UserError,
+    is_out_of_memory,
+    memory_for,
+    said_shortly,
+)
 from lowrank_align.methods.method import Method, Metrics
+from lowrank_align.optimizer import all_finite, allocate_moments, make_optimizer
 from lowrank_align.progress import Progress
 from lowrank_align.rollout import generator_for, seed_of
 from lowrank_align.runs import METRICS, RunFolder, read_metrics
@@ -35,11 +45,10 @@ log = logging.getLogger(__name__)
 SKIPS_IN_A_ROW = 5  # steps without finite numbers, after which the run stops
 SKIPS_OF_FP16 = 25  # the scale of fp16 gradients starts too high and finds its size by such skips
 SAMPLE_ROWS = 3
-OUT_OF_MEMORY = (
-    "out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "DefaultCPUAllocator: can't allocate memory",
+WHERE_MEMORY_GOES = {"rollout_batch_size": "lower --max-new-tokens or --max-length"}  # for the others:
+LESS_MEMORY = "lower --max-length or --rank, or use --gradient-checkpointing"
+WHAT_IS_LEFT = (
+    "what it changed is thrown away; free memory that other programs hold, then --resume from the last checkpoint"
 )
 
 
@@ -61,7 +70,8 @@ class Loop:
         self.base, self.workers = method.base, method.workers
         self.sizes = {"micro_batch_size": self.settings.micro_batch_size}
         self.steps_done = 0
-        self.moved = False  # whether an update of the step that runs has been begun
+        self.moved = False  # whether an update of the step that runs may have been made
+        self.method_before: dict[str, Any] | None = None  # the method's state before the step that runs
         self.skipped = self.skipped_in_a_row = 0
         self.best: tuple[float, int, dict[str, Tensor]] | None = None  # what is watched, its step, the adapter then
         self.best_evaluation: dict[str, float] = {}
@@ -75,7 +85,7 @@ class Loop:
             project_dir=str(run.path),
         )
         self.skips_allowed = SKIPS_OF_FP16 if half else SKIPS_IN_A_ROW
-        self.optimizer = self.accelerator.prepare(_optimizer(method))
+        self.optimizer = self.accelerator.prepare(make_optimizer(method))
         updates = self.total_steps * method.updates_per_step
         self.scheduler = get_scheduler(
             self.settings.lr_schedule,
@@ -104,6 +114,7 @@ class Loop:
         if start == 0:
             self.method.check_start(self.rows)
         self.base.model.train()
+        allocate_moments(self.optimizer.optimizer)
         self._preflight()
         self.progress.start(s.method, self.total_steps, start)
         if self.look_due or start == self.total_steps:  # the latter: killed between its last checkpoint and its end
@@ -158,25 +169,29 @@ class Loop:
 
     def _step(self, step: int) -> dict[str, float]:
         """All optimiser updates of one step (one, or PPO's epochs x minibatches)."""
-        began, self.moved = time.perf_counter(), False
+        began, self.moved, self.method_before = time.perf_counter(), False, self.method.state()
         metrics, losses = Metrics(), []
         norms: list[float] = []
         learning_rate = self.scheduler.get_last_lr()[0]
-        for update, items in enumerate(self.method.round(self._rows_of(step), step, self.retry)):
-            self.moved = True
-            loss, norm = self._update(items, metrics, step, update)
-            losses.append(loss)
-            norms.append(norm)
+        try:
+            for update, items in enumerate(self.method.round(self._rows_of(step), step, self.retry)):
+                loss, norm = self._update(items, metrics, step, update)
+                losses.append(loss)
+                norms.append(norm)
+        except NoNumbers as problem:  # before the first update
+            self._skip_round(str(problem), step)
         figures = {
-            "loss": sum(losses) / len(losses),
+            "loss": sum(losses) / len(losses) if losses else math.nan,
             **metrics.results(),
-            **self.method.round_metrics(),
-            "grad_norm": sum(norms) / len(norms),
+            **(self.method.round_metrics() if losses else {}),
+            "grad_norm": sum(norms) / len(norms) if norms else math.nan,
             "learning_rate": learning_rate,
             "skipped": float(self.skipped),
             "seconds": time.perf_counter() - began,
         }
-        return figures | self.method.watch(figures)
+        figures |= self.method.watch(figures) if losses else {}
+        self.method_before = None
+        return figures
 
     def _update(self, items: Sequence[Any], metrics: Metrics, step: int, update: int) -> tuple[float, float]:
         """One optimiser step on `items`, in micro-batches of like lengths; loss and gradient norm.
@@ -196,33 +211,59 @@ class Loop:
             return total, seen
 
         loss, seen = Metrics.joined(self.workers.each(lambda: self.retry(accumulate, "micro_batch_size")))
+        self.moved = True
         metrics.absorb(seen)
-        norm = self._clip()
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.optimizer.step()
-            self.skipped_in_a_row = 0
-        else:
-            self._skip(loss, norm, step)
+        with memory_for(f"within the update of step {step}", WHAT_IS_LEFT):
+            norm = self._clip()
+            if math.isfinite(loss) and math.isfinite(norm):
+                self.optimizer.step()
+                self._check_weights(step)
+                self.skipped_in_a_row = 0
+            else:
+                if self.accelerator.scaler is not None:
+                    self.optimizer.step()  # the scaler leaves the weights alone and lowers its scale
+                self._skip(f"loss {loss:.3g}, gradient norm {norm:.3g}: not finite", step)
         self.scheduler.step()
         self.optimizer.zero_grad()
         return loss, norm
 
     def _clip(self) -> float:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.workers.sum_gradients(parameters)
-        norm = self.accelerator.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        self.workers.sum_gradients(self._weights())
+        norm = self.accelerator.clip_grad_norm_(self._weights(), self.settings.max_grad_norm)
         return float(norm) if norm is not None else 0.0
 
-    def _skip(self, loss: float, norm: float, step: int) -> None:
-        """A step on NaN would poison every weight: leave it out, and give up after a few in a row."""
+    def _weights(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _check_weights(self, step: int) -> None:
+        """A finite gradient too may throw a weight out of the finite numbers, and only a checkpoint leads back."""
+        if not all_finite(self._weights()):
+            raise NumericError(
+                f"{self.run_folder.path}: the update of step {step} left weights that are not finite, which are not"
+                " saved; lower --learning-rate, then --resume from the last checkpoint"
+            )
+
+    def _skip(self, what: str, step: int, updates: int = 1) -> None:
+        """An update on NaN would poison every weight: leave it out, and give up after a few steps of them in a row."""
         self.skipped += 1
-        self.skipped_in_a_row += 1
-        self.progress.note(f"step {step}: loss {loss:.3g}, gradient norm {norm:.3g}: not finite, not stepped on")
-        if self.accelerator.scaler is not None:
-            self.optimizer.step()  # the scaler leaves the weights alone and lowers its scale
-        if self.skipped_in_a_row >= self.skips_allowed:
-            raise NumericError(f"{self.run_folder.path}: {self.skipped_in_a_row} steps in a row without finite numbers"
-                               "; lower --learning-rate, then --resume from the last checkpoint")  # fmt: skip
+        self.skipped_in_a_row += updates
+        self.progress.note(f"step {step}: {what}, not stepped on")
+        in_a_step = self.method.updates_per_step
+        if self.skipped_in_a_row < self.skips_allowed * in_a_step:
+            return
+        ever = self.skipped_in_a_row < step * in_a_step
+        advice = "lower --learning-rate" if ever else "not one was taken: look at the model, --adapter and the reward"
+        raise NumericError(
+            f"{self.run_folder.path}: {self.skips_allowed} steps in a row without finite numbers; {advice}"
+            ", then --resume from the last checkpoint"
+        )
+
+    def _skip_round(self, what: str, step: int) -> None:
+        """A step that is left out whole; the schedule goes on all the same."""
+        self.moved = True  # nothing did, but an error that ends the run here is of this step, not of what it is given
+        for _ in range(self.method.updates_per_step):
+            self.scheduler.step()
+        self._skip(what, step, self.method.updates_per_step)
 
     def retry(self, function: Callable[[int], Any], knob: str) -> Any:
         """`function(size)` with the size that the settings' `knob` names, halved for good while memory runs out."""
@@ -233,14 +274,14 @@ class Loop:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                message = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+                message = said_shortly(error)
             if self.sizes[knob] == 1:
-                raise EnvironmentProblem(f"out of memory with {knob} 1 ({message}); lower --max-length or --rank, "
-                                         "or use --gradient-checkpointing")  # fmt: skip
+                advice = WHERE_MEMORY_GOES.get(knob, LESS_MEMORY)
+                raise EnvironmentProblem(f"out of memory with {knob} 1 ({message}); {advice}")
             self.sizes[knob] //= 2
             self.progress.note(f"out of memory: {knob} is now {self.sizes[knob]}; the same batch again")
-            if self.base.device.type == "cuda":
-                torch.cuda.empty_cache()
+            if self.base.device.type != "cpu":
+                getattr(torch, self.base.device.type).empty_cache()
 
     def _agree(self) -> bool:
         """Whether any process was asked to stop; all take the smallest of the sizes that memory left them."""
@@ -314,12 +355,16 @@ class Loop:
         self.base.model.eval()
         try:
             found = self.method.evaluate(self.eval_rows, self.retry)
+        except NoNumbers as problem:
+            self.progress.note(f"step {step}: {problem}: not evaluated")
+            self.evaluations_since_best += 1
+            return {}
         finally:
             self.method.backward = self.accelerator.backward
             self.base.model.train()
         name, pick = self.method.monitor
         value = found[name] if pick is min else -found[name]
-        if self.best is None or value < self.best[0]:
+        if math.isfinite(value) and (self.best is None or value < self.best[0]):
             keep = self._parameters() if self.settings.early_stopping else {}
             kept = {key: parameter.detach().clone() for key, parameter in keep.items()}
             self.best, self.evaluations_since_best = (value, step, kept), 0
@@ -337,7 +382,16 @@ class Loop:
     def _show_samples(self, step: int) -> None:
         if not self.workers.is_first:
             return
-        samples = self.method.samples((self.eval_rows or self.rows)[:SAMPLE_ROWS], step)
+        try:
+            samples = self.method.samples((self.eval_rows or self.rows)[:SAMPLE_ROWS], step)
+        except NoNumbers as problem:
+            self.progress.note(f"step {step}: no samples: {problem}")
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.progress.note(f"step {step}: out of memory: no samples ({said_shortly(error)}); lower --sample-tokens")
+            return
         self.run_folder.log_samples(step, samples)
         self.progress.samples(step, samples)
 
@@ -362,7 +416,7 @@ class Loop:
             "best": None if self.best is None else [self.best[0], self.best[1], self.evaluations_since_best],
             "best_evaluation": self.best_evaluation,
             "look_due": self.look_due,
-            "method": self.method.state(),
+            "method": self.method.state() if self.method_before is None else self.method_before,
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
@@ -423,32 +477,7 @@ def _logged(metrics: Path) -> dict[str, float]:
     return {k: math.nan if v is None else v for k, v in (lines[-1] if lines else {}).items() if k != "step"}
 
 
-def _optimizer(method: Method[Any, Any]) -> torch.optim.Optimizer:
-    s: TrainSettings = method.settings
-    groups = [
-        {"params": list(method.base.trainable_parameters(role).values()), "lr": rate}
-        for role, rate in method.learning_rates().items()
-    ]
-    options: dict[str, Any] = {
-        "betas": (s.adam_beta1, s.adam_beta2), "eps": s.adam_epsilon, "weight_decay": s.weight_decay,
-    }  # fmt: skip
-    if s.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **options)
-    if method.base.device.type != "cuda":
-        raise EnvironmentProblem(f"--optimizer {s.optimizer} needs a CUDA GPU; use adamw")
-    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
-
-    kinds: dict[str, Any] = {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}
-    made: torch.optim.Optimizer = kinds[s.optimizer](groups, **options)
-    return made
-
-
 @lru_cache(maxsize=2)  # a step's rows may be the end of one round and the beginning of the next
 def _order(seed: int, epoch: int, count: int) -> Tensor:
     """(count,) the places of the rows in a round through the data."""
     return torch.randperm(count, generator=generator_for(torch.device("cpu"), seed, epoch, "rows"))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or any(words in str(error) for words in OUT_OF_MEMORY)

@@ -5,14 +5,11 @@ A function is named `module:function` and called with (prompts, completions), li
 
 import importlib
 import inspect
-import math
 import reprlib
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,20 +21,9 @@ from lowrank_align.data.formats import Row
 from lowrank_align.errors import NumericError, UserError, nearest
 from lowrank_align.trees import TreeRow
 
-__all__ = [
-    "WINDOW",
-    "HackingWatch",
-    "RewardFunction",
-    "Rewards",
-    "is_function",
-    "load_function",
-    "seen_answer",
-    "seen_prompt",
-]
+__all__ = ["RewardFunction", "Rewards", "is_function", "load_function", "seen_answer", "seen_prompt"]
 
-WINDOW = 12  # steps over which a climb is looked for
-CLIMB = 0.5  # Kendall's tau with time from which a figure climbs: by chance in 12 steps 1 in 95 times
-LONGER = 1.05  # and answers must have grown by a twentieth from the window's first half to its second
+LARGEST = torch.finfo(torch.float32).max  # a larger score would be infinite in training
 
 RewardFunction = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
@@ -77,7 +63,7 @@ def load_function(reward: str) -> RewardFunction:
                 f"{reward}: {error}, though not for any alone (first prompt: {prompts[0][:80]!r})"
             ) from error
         for prompt, score in zip(prompts, scores, strict=True):
-            if not math.isfinite(score):
+            if not abs(score) <= LARGEST:  # NaN too
                 raise NumericError(f"{reward}: gave {score} for the prompt {prompt[:80]!r}")
         return scores
 
@@ -180,45 +166,3 @@ class Rewards:
     def total(self, parts: dict[str, Tensor]) -> Tensor:
         """(N,) the weighted sum of what `of_trees` and `of_texts` gave."""
         return torch.stack([w * parts[name] for name, w in zip(self.names, self.weights, strict=True)]).sum(0)
-
-
-class HackingWatch:
-    """Notices when score, KL and length all climb together, the usual picture of a reward that is being exploited.
-
-    Over-optimisation raises the proxy score with KL while the true one falls (Gao et al. 2022, arXiv 2210.10760), and
-    the most common exploit is length (Singhal et al. 2023, arXiv 2310.03716). It can also be honest progress: a hint.
-    """
-
-    def __init__(self) -> None:
-        self._seen: list[list[float]] = []  # (score, KL, length) of the last WINDOW steps
-        self._quiet = 0  # steps until it may speak again
-
-    def add(self, score: float, kl: float, length: float) -> bool:
-        """A step's figures; True where this is worth a word: they climb, and it was not said within the window."""
-        self._seen = [*self._seen, [score, kl, length]][-WINDOW:]
-        self._quiet = max(0, self._quiet - 1)
-        if not self.climbing or self._quiet:
-            return False
-        self._quiet = WINDOW
-        return True
-
-    @property
-    def climbing(self) -> bool:
-        """Whether all three climb over a full window."""
-        if len(self._seen) < WINDOW:
-            return False
-        lengths, half = [seen[2] for seen in self._seen], WINDOW // 2
-        longer = sum(lengths[half:]) >= LONGER * sum(lengths[:half])
-        return longer and all(_kendall(list(series)) >= CLIMB for series in zip(*self._seen, strict=True))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seen": self._seen, "quiet": self._quiet}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._seen, self._quiet = state.get("seen", []), state.get("quiet", 0)
-
-
-def _kendall(series: Sequence[float]) -> float:
-    """Kendall's tau (a) of a series with time: 1 where it only climbs, -1 where it only falls."""
-    pairs = [(b > a) - (b < a) for a, b in combinations(series, 2)]
-    return sum(pairs) / len(pairs)

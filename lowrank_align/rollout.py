@@ -14,6 +14,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 
 from lowrank_align.base import Base
 from lowrank_align.cache import cache_for
+from lowrank_align.errors import NoNumbers
 
 STREAM_ROOM = 512  # new tokens for which a streamed answer's cache has room at once; it grows where there are more
 SLICE_SECONDS = 0.25  # a run's rollouts give way to people so often, not at every token
@@ -47,7 +48,8 @@ def sample(
     `temperature` 0 takes the likeliest token. Nothing but it and `top_p` changes the distribution: no top-k, no
     repetition penalty, whatever the model's own generation settings say. `generator` lives on the base's device; every
     completion has a noise of its own from it, so `batch_size` changes none, nor does `only`: the places of the prompts
-    to answer, where others answer the rest.
+    to answer, where others answer the rest. Raises NoNumbers where the model gives no finite probabilities: an arg-max
+    would make an answer all the same.
     """
     found: dict[int, list[Rollout]] = {}
     seeds = _seeds(generator, len(prompts) * completions_per_prompt)
@@ -59,6 +61,8 @@ def sample(
                 rows = [i * completions_per_prompt + first + k for i in chunk for k in range(copies)]
                 sampler = _Sampler(temperature, top_p, base.device, [seeds[row] for row in rows], between)
                 ids = _generate(base, [prompts[i] for i in chunk], sampler, end_ids, max_new_tokens, copies)
+                if sampler.finite is not None and not sampler.finite:
+                    raise NoNumbers("the model's probabilities for the next token are not finite")
                 for place, i in enumerate(chunk):
                     mine = ids[place * copies : (place + 1) * copies]
                     found.setdefault(i, []).extend(_until_end(prompts[i], row.tolist(), set(end_ids)) for row in mine)
@@ -152,10 +156,13 @@ class _Sampler(LogitsProcessor):
         self.temperature, self.between_tokens = temperature, between_tokens
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self.nucleus = TopPLogitsWarper(top_p) if top_p < 1.0 else None
+        self.finite: Tensor | None = None  # () bool: so were the highest logits of all tokens; the device keeps it
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.between_tokens is not None:
             self.between_tokens()
+        finite = scores.amax(-1).isfinite().all()
+        self.finite = finite if self.finite is None else self.finite & finite
         if self.temperature == 0:
             return scores
         logits = scores.float() / self.temperature

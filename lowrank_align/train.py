@@ -30,9 +30,9 @@ from lowrank_align.config import ADAPTERS_OWN, METHODS, OnlineSettings, TrainSet
 from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row
 from lowrank_align.data.training import TrainingRows, training_rows
-from lowrank_align.errors import UserError, nearest
+from lowrank_align.errors import UserError, memory_for, nearest
 from lowrank_align.loading import pick_device, read_config, read_tokenizer
-from lowrank_align.loop import Loop
+from lowrank_align.loop import LESS_MEMORY, Loop
 from lowrank_align.methods import method_class
 from lowrank_align.methods.method import Method
 from lowrank_align.plots import plot_metrics
@@ -87,7 +87,10 @@ def train(
             trainer = method_class(settings.method)(base, settings, ready.renderer)
             trainer.add_roles()
             trainer.pretrain_rows, trainer.workers = rows.pretrain_rows, workers
-            with stop or StopSignals() as stopping, _open(settings, workers) as run:
+            out_of_memory = memory_for(
+                f"in {settings.out}", f"{LESS_MEMORY}; --resume goes on from the last checkpoint"
+            )
+            with stop or StopSignals() as stopping, _open(settings, workers) as run, out_of_memory:
                 workers.of_first(lambda: _write_down(run, settings, rows.dropped, Path(scratch)))
                 return _run(trainer, rows, run, shown, stopping)
 

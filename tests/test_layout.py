@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # its submodules. The package root stands outside: it is the façade, which all may ask for `__version__`.
 LAYERS: dict[str, list[str]] = {
     "errors": ["errors"],
-    "settings": ["locks", "servers", "config", "architecture", "hub", "presets", "plan", "ratings", "store"],
+    "settings": ["locks", "servers", "config", "architecture", "hub", "presets", "plan", "ratings", "alarms", "store"],
     "tensors": ["tensors", "trees", "objectives"],
     "a run": [
         "workers",
@@ -64,7 +64,7 @@ LAYERS: dict[str, list[str]] = {
         "export",
     ],
     "methods": ["methods"],
-    "training": ["preflight", "loop", "checks", "train"],
+    "training": ["preflight", "optimizer", "loop", "checks", "train"],
     "evaluation": ["evaluate"],
     "behind the page": ["studio", "rounds"],
     "programs": ["commands", "cli", "apps", "__main__"],
@@ -89,6 +89,7 @@ NOT_KNOWN: dict[str, set[str]] = {
     "studio": {"gradio"},
     "locks": {"torch", "numpy"} | MODELS,
     "ratings": {"torch"} | MODELS,
+    "alarms": {"torch", "numpy"} | MODELS,
     "tensors": MODELS,
     "objectives": MODELS,
 }

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from lowrank_align.alarms import HackingWatch
 from lowrank_align.data.formats import parse_row
 from lowrank_align.errors import NumericError, UserError
-from lowrank_align.rewards import HackingWatch, is_function, load_function
+from lowrank_align.rewards import is_function, load_function
 from lowrank_align.rollout import Rollout
 
 MODULES = itertools.count()
@@ -249,12 +250,19 @@ def test_rewards_that_do_not_fit(knobs: dict[str, Any], message: str) -> None:
 # ---- reward hacking
 
 
-def test_a_climb_of_all_three_is_told_once_a_window() -> None:
-    """Score, KL and length rise by 1 from 10 each step: seen from the 12th step on, said there and 12 steps later."""
+def test_a_climb_of_all_three_is_told_once() -> None:
+    """Score, KL and length rise by 1 from 10 each step: seen and said at the 12th, and not again while it goes on."""
     watch = HackingWatch()
     said = [step for step in range(1, 31) if watch.add(10 + step, 10 + step, 10 + step)]
-    assert said == [12, 24]
-    assert watch.climbing
+    assert said == [12]
+    assert watch.on
+
+
+def test_a_new_climb_is_told_again() -> None:
+    """20 steps up, 30 level, 20 up: said at the 12th; off once fewer than half of a window's pairs climb; and again."""
+    watch = HackingWatch()
+    heights = [*range(20), *[20] * 30, *range(20, 40)]
+    assert len([step for step, height in enumerate(heights) if watch.add(*[10 + height] * 3)]) == 2
 
 
 @pytest.mark.parametrize("still", [0, 1, 2])
@@ -264,7 +272,7 @@ def test_two_of_three_are_no_climb(still: int) -> None:
         figures = [10.0 + step] * 3
         figures[still] = 10.0 + step % 2
         assert not watch.add(*figures)
-    assert not watch.climbing
+    assert not watch.on
 
 
 def test_lengths_that_hardly_grow_are_no_climb() -> None:
@@ -286,8 +294,7 @@ def test_a_run_that_is_paid_by_the_letter(
     module: Callable[[str], str], run: Callable[..., Path], monkeypatch: Any, capsys: Any
 ) -> None:
     """Every step's figures climb, whatever it learns: one line, and the metric is 1 from then on."""
-    monkeypatch.setattr("lowrank_align.rewards.WINDOW", 3)
-    monkeypatch.setattr("lowrank_align.methods.online.WINDOW", 3)
+    monkeypatch.setattr("lowrank_align.alarms.WINDOW", 3)
     from lowrank_align.methods.rloo import RLOO
 
     measure, count = RLOO.measure, itertools.count(10)

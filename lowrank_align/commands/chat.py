@@ -23,9 +23,8 @@ from lowrank_align.config import ChatSettings
 from lowrank_align.config.yaml_files import first_problem
 from lowrank_align.conversation import Conversation, Reply, Sampling, Turn, Voices
 from lowrank_align.data.chat import Renderer
-from lowrank_align.errors import EXIT_DONE, EnvironmentProblem, UserError, nearest
+from lowrank_align.errors import EXIT_DONE, EnvironmentProblem, UserError, is_out_of_memory, nearest
 from lowrank_align.loading import check_device, model_folder, read_config, read_tokenizer
-from lowrank_align.loop import OUT_OF_MEMORY
 from lowrank_align.preset_check import from_preset, preset_lines
 from lowrank_align.provenance import weights_hash
 from lowrank_align.rollout import generator_for
@@ -159,8 +158,8 @@ class Session:
                         break
         except KeyboardInterrupt:
             stopped = True
-        except RuntimeError as error:
-            if not any(words in str(error) for words in OUT_OF_MEMORY):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
             self.screen.say("\n" * bool(shown))
             raise EnvironmentProblem("out of memory; /reset, or a smaller /tokens, may help") from error

@@ -6,6 +6,7 @@ from typing import Any, TypedDict
 
 from lowrank_align.errors import nearest
 
+LARGEST = 3.4e38  # training is in 32 bits, where more would be infinite
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # Who speaks in ShareGPT's `from`. `function_call` is an assistant's turn, `observation` what the tool answered.
@@ -58,6 +59,8 @@ def clean_number(field: str, value: Any) -> float:
         raise FieldError(field, "a number of hundreds of digits, must be finite") from None
     if not math.isfinite(number):
         raise FieldError(field, f"{value}, must be finite")
+    if abs(number) > LARGEST:
+        raise FieldError(field, f"{value}, must be at most {LARGEST:g} either way")
     return number
 
 

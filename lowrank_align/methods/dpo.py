@@ -6,10 +6,13 @@ form for rankings. Where no loss compares with a reference, there is none.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowrank_align.alarms import LikelihoodWatch
+from lowrank_align.base import Base
 from lowrank_align.config import DPOSettings
 from lowrank_align.config.offline import LOSS_KNOBS, REFERENCE_FREE, SEGMENTS
 from lowrank_align.data.chat import Rendered, Renderer
@@ -40,6 +43,10 @@ class DPO(Method[DPOSettings, TreeRow]):
     # ---- roles
 
     trained = ("policy",)
+
+    def __init__(self, base: Base, settings: DPOSettings, renderer: Renderer) -> None:
+        super().__init__(base, settings, renderer)
+        self.displacement = LikelihoodWatch()
 
     def add_roles(self) -> None:
         self.policy_from_settings()
@@ -118,12 +125,35 @@ class DPO(Method[DPOSettings, TreeRow]):
         s, first = self.settings, self.settings.loss[0]
         if first in SEGMENTS:
             per_token = answers.per_token_logps if first in REFERENCE_FREE else answers.per_token_logratios
-            return s.cpl_alpha * discounted_sum(per_token, answers.mask, s.cpl_gamma)
+            return self._price * discounted_sum(per_token, answers.mask, s.cpl_gamma)
         if answers.ref_per_token_logps is not None:
-            return s.beta * answers.logratios
-        return s.beta * (answers.per_token_mean(answers.logps) if first in BY_LENGTH else answers.logps)
+            return self._price * answers.logratios
+        return self._price * (answers.per_token_mean(answers.logps) if first in BY_LENGTH else answers.logps)
+
+    @property
+    def _price(self) -> float:
+        """What a nat of the reward is multiplied by."""
+        return self.settings.cpl_alpha if self.settings.loss[0] in SEGMENTS else self.settings.beta
+
+    def watch(self, figures: dict[str, float]) -> dict[str, float]:
+        """Whether the chosen answers become unlikely: by the reward where it compares with the start, else a token."""
+        s, first = self.settings, self.settings.loss[0]
+        if "rewards/margins" not in figures:  # a batch of ties
+            return {}
+        if s.needs_reference and first != "cpl":
+            chosen, gained = figures["logps/chosen"], figures["rewards/chosen"] / self._price
+            begins = self.displacement.add(chosen, figures["rewards/margins"], chosen - gained)
+        else:
+            begins = self.displacement.add(-figures["nll_loss"], figures["rewards/margins"])
+        return self.sound(self.displacement, begins)
 
     # ---- before and after
+
+    def state(self) -> dict[str, Any]:
+        return {"displacement": self.displacement.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.displacement.load_state_dict(state.get("displacement", {}))
 
     def check_start(self, rows: Sequence[TreeRow]) -> None:
         if self.settings.needs_reference:

@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from lowrank_align import adapters
+from lowrank_align.alarms import Alarm
 from lowrank_align.base import Base
 from lowrank_align.config import TrainSettings
 from lowrank_align.data.chat import Rendered, Renderer
@@ -231,6 +232,12 @@ class Method(ABC, Generic[SettingsT, Item]):
     def watch(self, figures: dict[str, float]) -> dict[str, float]:
         """More figures, from all those of a step: for what shows only over several steps."""
         return {}
+
+    def sound(self, alarm: Alarm, begins: bool) -> dict[str, float]:
+        """The alarm as a figure, and its line where it begins."""
+        if begins:
+            self.tell(alarm.line)
+        return {alarm.name: float(alarm.on)}
 
     def state(self) -> dict[str, Any]:
         """JSON-able values beside weights and optimiser that a resumed run needs."""

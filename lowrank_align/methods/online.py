@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lowrank_align.alarms import HackingWatch, KLWatch
 from lowrank_align.base import Base
 from lowrank_align.config import OnlineSettings
 from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row, Shape
+from lowrank_align.errors import NoNumbers
 from lowrank_align.methods.method import Item, Method, Metrics, Retry, assert_policy_is_reference
 from lowrank_align.objectives.rollout import penalise_unfinished
-from lowrank_align.rewards import WINDOW, HackingWatch, Rewards, seen_answer, seen_prompt
+from lowrank_align.rewards import Rewards, seen_answer, seen_prompt
 from lowrank_align.rollout import Rollout, fill_cache, generator_for, sample
 from lowrank_align.rollout_server import ServedRollouts
 from lowrank_align.trees import Completion, TreeRow, longest_rows
@@ -55,7 +57,9 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
         self.rewards = Rewards(base, settings.reward, settings.reward_weights)
         self.measured: dict[str, float] = {}
         self.group_size: int = getattr(settings, "group_size", 1)  # answers a prompt
-        self.watch_for_hacking = HackingWatch()
+        self.hacking = HackingWatch()
+        price = "--kl-coefficient" if hasattr(settings, "kl_coefficient") else "--beta"
+        self.blow_up = KLWatch(price, getattr(settings, "target_kl", None))
         self.said_unwatched = self.said_equal = False
         self.served: ServedRollouts | None = None  # who draws the rollouts, where it is a server
         if settings.rollout_server is not None:
@@ -112,6 +116,11 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
             texts = [seen_answer(self.renderer, r.ids, chat=chat) for r, chat in zip(flat, chats, strict=True)]
             parts = parts | self.workers.of_first(lambda: self.rewards.of_texts(prompts, texts))
         raw = self.rewards.total(parts)[first_alike(groups)]
+        for name, scores in {**parts, "the weighted sum of rewards": raw}.items():
+            if not scores.isfinite().all():
+                at = int(scores.isfinite().logical_not().nonzero()[0])
+                prompt = rows[at // self.group_size].prompt_text
+                raise NoNumbers(f"{name} gave {scores[at]:.3g} for an answer to the prompt {prompt[:80]!r}")
         finished = torch.tensor([r.finished for r in flat], device=device)
         lengths = torch.tensor([len(r.ids) for r in flat], device=device)
         scores = penalise_unfinished(raw, finished, s.missing_eos_penalty) - s.length_penalty * lengths
@@ -175,19 +184,17 @@ class OnlineMethod(Method[OnlineSettingsT, Item]):
             self.said_equal = True
         if kl is None:
             return {}
-        began = self.watch_for_hacking.add(figures["objective/scores"], kl, figures["completions/mean_length"])
-        if began:
-            self.tell(
-                f"score, KL and length have all climbed for {WINDOW} steps: the policy may be exploiting the reward;"
-                " read samples.jsonl, and raise the price of KL or --length-penalty"
-            )
-        return {"reward_hacking": float(self.watch_for_hacking.climbing)}
+        length = figures["completions/mean_length"]
+        return self.sound(self.hacking, self.hacking.add(figures["objective/scores"], kl, length)) | self.sound(
+            self.blow_up, self.blow_up.add(kl, length)
+        )
 
     def state(self) -> dict[str, Any]:
-        return {"hacking": self.watch_for_hacking.state_dict()}
+        return {"hacking": self.hacking.state_dict(), "blow_up": self.blow_up.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.watch_for_hacking.load_state_dict(state.get("hacking", {}))
+        self.hacking.load_state_dict(state.get("hacking", {}))
+        self.blow_up.load_state_dict(state.get("blow_up", {}))
 
     def round_metrics(self) -> dict[str, float]:
         return self.measured

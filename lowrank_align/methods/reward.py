@@ -4,6 +4,7 @@ Of rankings the mean over their comparisons, or the likelihood of the whole orde
 """
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from lowrank_align.checkpoint import write_atomic
 from lowrank_align.config import RewardSettings
 from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row, Shape
-from lowrank_align.errors import UserError
+from lowrank_align.errors import NumericError, UserError
 from lowrank_align.methods.method import Method, Metrics, Retry
 from lowrank_align.objectives.paired import bradley_terry, centring, mean_per_row
 from lowrank_align.objectives.ranked import MOST_TIED, TOO_MANY_TIES, most_tied, whole_orders
@@ -99,8 +100,10 @@ class Reward(Method[RewardSettings, TreeRow]):
                 return [score for batch in batches for score in self.base.scores(batch)]
 
         role = self.base.roles["reward"]
-        role.shift = torch.stack(self.by_share(rows, score, retry)).double().mean().item()
-        self.shifted_rows = len(rows)
+        shift = torch.stack(self.by_share(rows, score, retry)).double().mean().item()
+        if not math.isfinite(shift):
+            raise NumericError(f"the mean score over {len(rows)} training rows is {shift}; the model is not saved")
+        role.shift, self.shifted_rows = shift, len(rows)
         return {"shift": role.shift}
 
     def samples(self, rows: Sequence[TreeRow], step: int) -> list[dict[str, Any]]:

@@ -13,8 +13,7 @@ from lowrank_align.conversation import Sampling, Spoken, context_of, fitting_pro
 from lowrank_align.data.chat import Renderer
 from lowrank_align.data.messages import Message
 from lowrank_align.data.stream import CLOSE, OPEN
-from lowrank_align.errors import UserError
-from lowrank_align.loop import is_out_of_memory
+from lowrank_align.errors import UserError, is_out_of_memory
 from lowrank_align.rollout import generator_for
 from lowrank_align.store import Completion, Text
 from lowrank_align.studio.speaking import Speaker, Ticket

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowrank_align.config import METHODS, TrainSettings
-from lowrank_align.errors import Stopped, UserError
-from lowrank_align.loop import is_out_of_memory
+from lowrank_align.errors import Stopped, UserError, is_out_of_memory
 from lowrank_align.memory import release_unused
 from lowrank_align.methods import method_class
 from lowrank_align.studio import old_runs, run_data, run_request
