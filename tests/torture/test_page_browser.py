@@ -102,7 +102,7 @@ def data(page: Any) -> None:
     show(page, "data")
     page.wait_for_selector("#data-table", state="visible")
     wait_for_text(page, "data-where", " of ")
-    page.locator("#data-table tbody tr:visible").first.locator("td").nth(4).click()
+    page.locator("#data-table [role=gridcell]").nth(4).click()
     page.wait_for_selector("#data-prompt textarea", state="visible")
     page.click("#data-past > button, #data-past .label-wrap")
     for name in ("data-annotators", "data-tags"):
