@@ -7,6 +7,7 @@ A policy is a CAUSAL_LM adapter; a reward model is a SEQ_CLS adapter with its `s
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from lowrank_align.checkpoint import write_atomic, writing
 from lowrank_align.errors import NumericError, UserError, nearest
+from lowrank_align.json_files import read_json
 from lowrank_align.provenance import check_same_base, folder_sha256
 from lowrank_align.skeleton import linear_layers
 
@@ -28,6 +30,16 @@ Kind = Literal["policy", "reward"]
 WEIGHTS, CONFIG, REWARD = "adapter_model.safetensors", "adapter_config.json", "reward.json"
 PROMPTING = "prompting.json"
 LONGEST_PREFIX = 2000  # characters
+# Settings of a LoRA that only say how large it is and where it sits. Any other changes the base, loads code, or is
+# nothing that a policy or reward of ours has, and has to stand at its default.
+TAKEN = {
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "init_lora_weights", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
+    *("task_type", "peft_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("target_parameters", "modules_to_save", "auto_mapping"),  # the last two are refused by their own rule
+}
+PATTERNS = ("target_parameters", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+NAME = re.compile(r"\^?(\.\*\\?\.)?[\w.-]+\$?")  # PEFT takes these for regular expressions, and some of those never end
 PREFIX = "base_model.model."
 HEAD = "score.weight"
 # PiSSA, OLoRA, LoftQ and their like rewrite the base's weights when they are put on it.
@@ -60,6 +72,9 @@ def locate(start_from: str | Path, kind: Kind | None = None) -> Path:
     if not (folder / WEIGHTS).is_file():
         other = " (only safetensors are read, never .bin)" if (folder / "adapter_model.bin").exists() else ""
         raise UserError(f"{start_from}: holds no {WEIGHTS}{other}")
+    for file in (folder / CONFIG, folder / WEIGHTS, run_of(folder) / PROMPTING, run_of(folder) / REWARD):
+        if not stays(file, run_of(folder)):
+            raise UserError(f"{file}: is a link that leads out of {run_of(folder)}; put the file itself there")
     found = _kind(folder)
     if kind is not None and found != kind:
         raise UserError(f"{start_from}: is a {found} run, where a {kind} is expected")
@@ -79,6 +94,7 @@ def check_before_load(start_from: str | Path, kind: Kind | None, base_name: str,
     folder = locate(start_from, kind)
     check_same_base(run_of(folder), base_name, base_hash)
     lora = _peft_config(folder)
+    present = set(_shapes(folder))
     needed = {
         f"{name}.{part}.weight"
         for name in linear_layers(config)
@@ -86,11 +102,6 @@ def check_before_load(start_from: str | Path, kind: Kind | None, base_name: str,
         if check_target_module_exists(lora, name)
     }
     needed |= {HEAD} if lora.task_type == "SEQ_CLS" else set()
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            present = {key.removeprefix(PREFIX) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); the file is damaged") from error
     if missing := sorted(needed - present):
         raise UserError(_incomplete(start_from, missing))
 
@@ -128,10 +139,10 @@ def answer_prefix(start_from: str | Path | None) -> str:
     if not file.is_file():
         return ""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
         prefix = found["answer_prefix"]
         prefix.encode()  # half a surrogate pair, which JSON can hold and tokenizers refuse
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise UserError(f"{file}: holds no text under answer_prefix; restore it from the run") from None
     if not isinstance(prefix, str) or len(prefix) > LONGEST_PREFIX:
         raise UserError(f"{file}: answer_prefix: not a text of at most {LONGEST_PREFIX} characters")
@@ -145,11 +156,12 @@ def write_prompting(run: Path, answer_prefix: str) -> None:
 
 def size_of(start_from: str | Path) -> dict[str, Any]:
     """An adapter's `rank`, `target_modules` (None where its config has a pattern) and `lora_layers`, as settings."""
-    lora = _peft_config(locate(start_from))
-    targets, places = lora.target_modules, lora.layers_to_transform
+    folder = locate(start_from)
+    lora = _peft_config(folder)
+    targets, places = read_config(folder)["target_modules"], lora.layers_to_transform
     return {
         "rank": lora.r,
-        "target_modules": sorted(targets) if isinstance(targets, set | list) else None,
+        "target_modules": sorted(targets) if isinstance(targets, list) else None,
         "lora_layers": len(places) if isinstance(places, list) else None,
     }
 
@@ -210,7 +222,7 @@ def write(
 
 
 def _kind(folder: Path) -> Kind:
-    return "reward" if _read_config(folder).get("task_type") == "SEQ_CLS" else "policy"
+    return "reward" if read_config(folder).get("task_type") == "SEQ_CLS" else "policy"
 
 
 def _incomplete(folder: str | Path, missing: list[str]) -> str:
@@ -228,8 +240,8 @@ def _shift(file: Path) -> float:
     if not file.is_file():
         return 0.0
     try:
-        shift = float(json.loads(file.read_text(encoding="utf-8"))["shift"])
-    except (ValueError, KeyError, TypeError):
+        shift = float(read_json(file)["shift"])
+    except (ValueError, KeyError, TypeError, OverflowError, OSError):
         shift = math.nan
     if not math.isfinite(shift):
         raise UserError(f"{file}: holds no number under shift; restore it from the reward run")
@@ -238,7 +250,7 @@ def _shift(file: Path) -> float:
 
 def _peft_config(folder: Path) -> LoraConfig:
     """The adapter's LoRA settings; what would load code or unknown modules, or change the base, is refused."""
-    raw = _read_config(folder)
+    raw = read_config(folder)
     if raw.get("peft_type") != "LORA":
         raise UserError(f"{folder}: a {raw.get('peft_type')} adapter; only LoRA is supported")
     to_save = raw.get("modules_to_save")
@@ -247,20 +259,64 @@ def _peft_config(folder: Path) -> LoraConfig:
     for key, harmless in HARMLESS.items():
         if (value := raw.get(key)) not in harmless:
             asked.append(f"{key}={value}")
+    fields = LoraConfig.__dataclass_fields__
+    asked += [key for key, value in raw.items() if key in fields and key not in TAKEN and value not in _defaults(key)]
+    for key in PATTERNS:
+        value = raw.get(key)
+        names = value if isinstance(value, list | dict) else [] if value is None else [value]
+        asked += [f"{key} {name!r:.40}" for name in names if not (isinstance(name, str) and NAME.fullmatch(name))]
     if asked:
         raise UserError(f"{folder}: adapter_config.json asks for {', '.join(asked)}, which is not loaded")
-    if not raw.get("target_modules") or not isinstance(raw.get("r"), int):
+    targets = raw.get("target_modules")
+    named = isinstance(targets, str | list) and all(isinstance(target, str) for target in targets)
+    if not targets or not named or type(raw.get("r")) is not int:
         raise UserError(f"{folder}: adapter_config.json has no target_modules, or no whole number as r (the rank)")
-    known: dict[str, Any] = {k: v for k, v in raw.items() if k in LoraConfig.__dataclass_fields__}
+    for key in ("lora_alpha", "lora_dropout"):
+        if not isinstance(raw.get(key, 0), int | float) or not math.isfinite(raw.get(key, 0)):  # type: ignore[arg-type]
+            raise UserError(f"{folder}: adapter_config.json: {key}: {raw[key]!r:.40} is no number")
+    known: dict[str, Any] = {k: v for k, v in raw.items() if k in fields}
+    layers = {key.rsplit(".lora_A.", 1)[0]: shape for key, shape in _shapes(folder).items() if ".lora_A." in key}
+    if isinstance(targets, str):  # a regular expression: which layers it meant, the tensors tell
+        known["target_modules"] = sorted(layers)
+    pattern = raw.get("rank_pattern")
+    ranks = [raw["r"], *(pattern.values() if isinstance(pattern, dict) else [])]
+    largest = max((shape[0] for shape in layers.values() if shape), default=0)
+    if any(type(rank) is not int or not 0 < rank <= max(largest, 1) for rank in ranks):
+        says = f"says rank {', '.join(f'{rank!r:.20}' for rank in ranks[:3])}, but its tensors have {largest}"
+        raise UserError(f"{folder}: adapter_config.json {says}; one of the two is damaged")
     try:
         return LoraConfig(**known | {"modules_to_save": None, "init_lora_weights": True})
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder}: adapter_config.json cannot be used: {error}") from error
 
 
-def _read_config(folder: Path) -> dict[str, object]:
+def _defaults(key: str) -> list[Any]:
+    """What a setting of PEFT's may be without asking for anything."""
+    known = LoraConfig.__dataclass_fields__[key]
+    default = known.default_factory() if callable(known.default_factory) else known.default
+    return [None, False, {}, [], default]
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """The tensors of an adapter by PEFT's names without the prefix, from the file's header alone."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            return {key.removeprefix(PREFIX): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); the file is damaged") from error
+
+
+def stays(file: Path, given: Path) -> bool:
+    """Whether a file lies in the folder that was named, links followed; the hub's cache keeps links to its blobs."""
+    real, root = file.resolve(), given.resolve()
+    hub = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
+    return real.is_relative_to(root) or real.is_relative_to(hub)
+
+
+def read_config(folder: Path) -> dict[str, object]:
+    """An adapter's settings as they stand in its file; UserError where it is damaged."""
+    try:
+        config = read_json(folder / CONFIG)
     except (ValueError, OSError) as error:
         raise UserError(f"{folder / CONFIG}: not readable as JSON ({error})") from error
     if not isinstance(config, dict):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank_align.errors import EnvironmentProblem, NumericError, is_out_of_memory, said_shortly
+from lowrank_align.json_files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +124,7 @@ def read(path: Path, step: int) -> State:
 def verify(path: Path, step: int) -> str | None:
     """What is wrong with the checkpoint `path`, naming the file that failed; None when all is as it was written."""
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = read_json(path / MANIFEST)
         listed = {name: (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()}
         found_format, found_step = manifest["format"], manifest["step"]
     except FileNotFoundError:
@@ -321,7 +322,7 @@ def _candidates(folder: Path) -> list[tuple[int, Path]]:
         return []
     found = [(match, path) for path in folder.iterdir() if (match := re.fullmatch(r"step-(\d+)(\.old)?", path.name))]
     ordered = sorted(found, key=lambda pair: (-int(pair[0][1]), pair[1].name))
-    return [(int(match[1]), path) for match, path in ordered if path.is_dir()]
+    return [(int(match[1]), path) for match, path in ordered if path.is_dir() and not path.is_symlink()]
 
 
 def _encode(value: Any) -> Any:

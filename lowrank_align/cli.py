@@ -29,6 +29,7 @@ from lowrank_align.errors import (
     nearest,
 )
 from lowrank_align.stopping import sigterm_interrupts
+from lowrank_align.terminal import Visible, make_console, say, visible
 
 SHORT_FLAGS = {"completions": "-n", "rows": "-n", "group_size": "-G"}
 OTHER_NAMES = {"as_json": "json"}  # pydantic's models have a method of that name
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         # one line, whatever a user's function raised; what was stopped on request is no error
         if not error.said:
-            print(*["error:"] * (not isinstance(error, Stopped)), *str(error).splitlines(), file=sys.stderr)
+            say(*["error:"] * (not isinstance(error, Stopped)), *str(error).splitlines(), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         # no permission, a full disk, a name that is too long: wherever nothing better was said
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error).splitlines()[0]
-        print(f"error: {what}", file=sys.stderr)
+        say(f"error: {what}", file=sys.stderr)
         return EXIT_ENVIRONMENT
 
 
@@ -117,7 +118,7 @@ class Parser(argparse.ArgumentParser):
         return found, unknown
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_DATA_OR_CONFIG, f"error: {message}\n")
+        self.exit(EXIT_DATA_OR_CONFIG, f"error: {visible(message, keep='')}\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -194,11 +195,9 @@ def _run(command: str, arguments: dict[str, Any]) -> int:
 
 
 def _runs(folder: str, compare: list[str] | None, delete: str | None, yes: bool) -> int:
-    from rich.console import Console
-
     from lowrank_align.listing import delete_run, deletion_notice, print_comparison, print_runs
 
-    console = Console(highlight=False)
+    console = make_console()
     if compare:
         print_comparison(Path(compare[0]), Path(compare[1]), console)
     elif delete:
@@ -286,7 +285,9 @@ def _print_anything() -> None:
 
 def _quiet_libraries() -> None:
     """Our own log lines, and of the libraries' only what is wrong."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Visible("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("lowrank_align").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPUs it misses a package that only the hub has
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

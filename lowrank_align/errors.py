@@ -58,9 +58,22 @@ class Stopped(UserError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean X?)"` for the closest known name, or an empty string where none is close."""
-    matches = get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {matches[0]}?)" if matches else ""
+    """`" (did you mean X?)"` for the closest known name, or an empty string where none is close.
+
+    Dashes, underscores and case are no difference; the only name that begins so wins over one that looks alike.
+    """
+    plain = {_plain(one): one for one in known}
+    wanted = _plain(name)
+    begun = [one for one in plain if len(wanted) > 2 and one.startswith(wanted)]
+    if wanted in plain:
+        matches = [wanted]
+    else:
+        matches = begun if len(begun) == 1 else get_close_matches(wanted, list(plain), n=1, cutoff=0.6)
+    return f" (did you mean {plain[matches[0]]}?)" if matches else ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_").strip("_") or name
 
 
 def is_out_of_memory(error: BaseException) -> bool:

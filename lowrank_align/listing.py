@@ -193,18 +193,19 @@ def _info(path: Path, folder: Path) -> RunInfo:
     else:
         shown = "stopped (resumable)" if sealed_steps(path / "checkpoints") else "stopped"
     files = [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
-    created = state.get("started") or datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
+    created = _text(state.get("started")) or datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat("T", "seconds")
     parent = provenance.get("parent")
+    steps = state.get("steps")
     return RunInfo(
         path=path,
         name=path.name if path == folder else str(path.relative_to(folder)),
-        method=state.get("method") or provenance.get("method") or "",
+        method=_text(state.get("method")) or _text(provenance.get("method")),
         state=shown,
-        steps=max(state.get("steps") or 0, int(metrics.pop("step", 0))),
+        steps=max(steps if isinstance(steps, int) else 0, int(metrics.pop("step", 0))),
         created=created,
         disk_bytes=sum(file.stat().st_size for file in files),
-        base=provenance.get("base") or "",
-        parent=parent.get("run") if isinstance(parent, dict) else None,
+        base=_text(provenance.get("base")),
+        parent=_text(parent.get("run")) or None if isinstance(parent, dict) else None,
         metrics=metrics,
     )
 
@@ -212,8 +213,17 @@ def _info(path: Path, folder: Path) -> RunInfo:
 def _last_metrics(path: Path) -> dict[str, float]:
     last: dict[str, float] = {}
     for line in read_metrics(path / METRICS, TAIL_BYTES):
-        last |= {name: value for name, value in line.items() if isinstance(value, (int, float))}
+        last |= {name: float(value) for name, value in line.items() if _is_figure(value)}
     return last
+
+
+def _text(value: Any) -> str:
+    """A text of a file that anybody may have written."""
+    return value if isinstance(value, str) else ""
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def _same_run(named: str, path: Path) -> bool:

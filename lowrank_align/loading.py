@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -25,13 +24,15 @@ from transformers import logging as transformers_logging
 from lowrank_align import hub
 from lowrank_align.errors import EnvironmentProblem, UserError, is_out_of_memory
 from lowrank_align.progress import Progress
-from lowrank_align.provenance import weights_hash
+from lowrank_align.provenance import weight_files, weights_hash
+from lowrank_align.terminal import make_console
 from lowrank_align.workers import local_rank
 
 log = logging.getLogger(__name__)
 
 Quantize = Literal["nf4", "int8", "none"]
 Attention = Literal["auto", "sdpa", "eager", "flex_attention"]
+MOST = {"num_hidden_layers": 1000, "num_experts": 10_000, "num_local_experts": 10_000, "n_routed_experts": 10_000}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -67,6 +68,7 @@ def load_frozen(
     compute = pick_dtype(dtype, where)
     path = model_folder(name)
     config, tokenizer = read_config(name), _read_tokenizer(path, name)
+    weight_files(path)  # that its index leads nowhere else is known before anything is read
     try:
         storage = compute if float_storage else torch.uint8
         model = _from_pretrained(path, name, config, quantize, where, compute, attention, storage)
@@ -117,6 +119,7 @@ def read_config(name: str) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # what a damaged file raises in the library is anything
         raise UserError(f"{name}: config.json cannot be used: {_why(error)}") from error
+    _refuse_unloadable(path, name, config)
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
@@ -127,6 +130,21 @@ def read_config(name: str) -> Any:
     if not _is_causal(config):
         raise UserError(f"{name}: a {config.model_type} is no causal language model; give one as --model")
     return config
+
+
+def _refuse_unloadable(path: Path, name: str, config: Any) -> None:
+    """What a config may ask of transformers without a word to the user: an adapter, code from the hub, no end."""
+    if (path / "adapter_config.json").exists():
+        what = "an adapter lies beside it (adapter_config.json), which transformers would put on it in silence"
+        raise UserError(f"{name}: {what}; move it to a folder of its own and name that with --adapter")
+    parts = [config, *(getattr(config, key, None) for key in config.sub_configs)]
+    if found := next((a for part in parts if "/" in str(a := getattr(part, "_attn_implementation", ""))), None):
+        raise UserError(f"{name}: config.json asks for {found}, attention code from the hub, which is not loaded")
+    text = config.get_text_config()
+    for key, most in MOST.items():
+        count = getattr(text, key, None)
+        if isinstance(count, int) and count > most:
+            raise UserError(f"{name}: config.json: {key}: {count}, more than any model has ({most} are taken)")
 
 
 def context_tokens(config: Any) -> int:
@@ -222,7 +240,7 @@ def _from_pretrained(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, config=config, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(path, config=config, trust_remote_code=False, **options)
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
@@ -306,7 +324,7 @@ def _tiny() -> Path:
     """The embedded base; its first making is shown, as it takes a minute."""
     from lowrank_align.tiny import tiny_path
 
-    progress, begun = Progress(Console(stderr=True, highlight=False)), False
+    progress, begun = Progress(make_console(stderr=True)), False
 
     def tell(step: int, steps: int, loss: float) -> None:
         nonlocal begun

@@ -9,6 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from lowrank_align.terminal import make_console
+
 SECONDS_BETWEEN_LINES = 5.0
 SHOWN = ("loss", "objective/scores", "objective/kl", "rewards/accuracies", "accuracy", "eval_loss")
 LABELS = {"objective/scores": "score", "objective/kl": "KL", "rewards/accuracies": "accuracy", "eval_loss": "eval loss"}
@@ -19,7 +21,7 @@ class Progress:
     """Prints to `console`; silent with `quiet`, where only notes go through."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
-        self.console = console or Console(stderr=False, highlight=False)
+        self.console = console or make_console()
         self.quiet = quiet
         self._bar: Bar | None = None
         self._total = self._first = 0

@@ -23,12 +23,15 @@ from typing import Any
 
 from lowrank_align.checkpoint import write_atomic
 from lowrank_align.errors import UserError
+from lowrank_align.json_files import read_json
 
 log = logging.getLogger(__name__)
 
 FILE = "provenance.json"
 HASH_CACHE = "weights_hash.json"
 RACY_SECONDS = 2.0  # a file this fresh may change again within one tick of its clock: not cached
+KINDS: dict[str, type] = dict.fromkeys(("base", "base_hash", "method", "template_hash", "adapter_hash"), str)
+KINDS |= dict.fromkeys(("parent", "reward_hashes", "config", "versions"), dict)
 PACKAGES = ("lowrank_align", "torch", "transformers", "peft", "bitsandbytes")
 SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_key)$", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"\b(hf_|sk-|ghp_|github_pat_)[A-Za-z0-9_-]{16,}")
@@ -72,6 +75,9 @@ def read_provenance(path: Path) -> dict[str, Any] | None:
     found = _read_json(file)
     if not isinstance(found, dict):
         raise UserError(f"{file}: not a JSON object; restore it, or remove it to load a plain PEFT adapter")
+    for key, value in found.items():
+        if value is not None and not isinstance(value, KINDS.get(key, object)):
+            raise UserError(f"{file}: {key}: not {'an object' if KINDS[key] is dict else 'a text'}; restore it")
     return found
 
 
@@ -108,7 +114,7 @@ def weights_hash(model_folder: Path) -> str:
 
     Each file's own hash is kept in the cache folder by absolute path, size and time of change.
     """
-    return _lines_hash({file.name: _cached_sha256(file) for file in _weight_files(Path(model_folder))})
+    return _lines_hash({file.name: _cached_sha256(file) for file in weight_files(Path(model_folder))})
 
 
 def folder_sha256(files: Iterable[Path]) -> str:
@@ -244,10 +250,14 @@ def _without_secrets(value: Any) -> Any:
     return SECRET_VALUE.sub("[removed]", value) if isinstance(value, str) else value
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers reads, with their index; UserError where it names files elsewhere."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        weight_map = _read_json(index).get("weight_map") or {}
+        found = _read_json(index)
+        weight_map = found.get("weight_map") if isinstance(found, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(f"{index}: holds no weight_map of file names; download the model again")
         shards = sorted(set(weight_map.values()))
         for name in shards:
             if Path(name).name != name or not (folder / name).is_file():
@@ -297,8 +307,8 @@ def _file(path: Path) -> Path:
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
+        return read_json(file)
+    except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error}); restore it or make it again") from error
 
 

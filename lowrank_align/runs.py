@@ -19,6 +19,7 @@ from typing import Any, Self
 
 from lowrank_align.checkpoint import LEFT_OVER, write_atomic, writing
 from lowrank_align.errors import EnvironmentProblem, UserError
+from lowrank_align.json_files import read_json
 from lowrank_align.locks import FileLock, is_held, owner
 
 log = logging.getLogger(__name__)
@@ -175,7 +176,7 @@ def is_running(folder: Path) -> bool:
 
 def read_metrics(path: Path, tail_bytes: int | None = None) -> list[dict[str, Any]]:
     """The objects of a `metrics.jsonl` or `samples.jsonl`, or of its last `tail_bytes`; a torn line is left out."""
-    if not path.exists():
+    if not path.is_file():
         return []
     with open(path, "rb") as file:
         if tail_bytes is not None and path.stat().st_size > tail_bytes:
@@ -277,7 +278,7 @@ def empty(path: Path) -> None:
 def read_state(path: Path) -> dict[str, Any] | None:
     """A run's `run.json`; None where there is none that can be read."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        state = json.loads((path / STATE).read_bytes())
+        state = read_json(path / STATE)
         if isinstance(state, dict) and state.get("state") in STATES:
             return state
     return None

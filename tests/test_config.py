@@ -62,7 +62,9 @@ def test_what_is_written_down_is_read_back(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(settings), encoding="utf-8")
     assert "method: ppo" in file.read_text(encoding="utf-8")
-    assert resolve(PPOSettings, {}, file) == settings.model_copy(update={"overwrite": False})
+    given = {"reward": "m:f"}  # code is named on the command line, as the file's first line says
+    assert file.read_text(encoding="utf-8").startswith("# lowrank-align ppo --config THIS_FILE --reward m:f\n")
+    assert resolve(PPOSettings, given, file) == settings.model_copy(update={"overwrite": False})
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -213,9 +213,9 @@ def test_weights_that_are_cut_off(folder: Path) -> None:
 def test_pickled_weights_are_not_read(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    line = refused(folder)
-    assert line.startswith(f"{folder}: cannot be loaded as a causal language model: ")
-    assert "safetensors" in line
+    assert refused(folder) == (
+        f"{folder}: no *.safetensors; other weight formats are not read, convert the model first"
+    )
 
 
 def test_weights_that_are_quantised_already(folder: Path) -> None:

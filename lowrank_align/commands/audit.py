@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Sequence
 
-from rich.console import Console
 from rich.progress import track
 
 from lowrank_align.config import AuditSettings
@@ -12,6 +11,7 @@ from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import Row
 from lowrank_align.loading import read_config, read_tokenizer
 from lowrank_align.preset_check import from_preset, preset_lines
+from lowrank_align.terminal import make_console, say
 
 
 def audit(settings: AuditSettings) -> int:
@@ -48,12 +48,12 @@ def audit(settings: AuditSettings) -> int:
         track=_track,
     )
     if settings.as_json:
-        print(json.dumps({"model": settings.model, **found.as_json()}, ensure_ascii=False, indent=2))
+        say(json.dumps({"model": settings.model, **found.as_json()}, ensure_ascii=False, indent=2))
     else:
-        print_audit(found, settings.model, Console(highlight=False))
+        print_audit(found, settings.model, make_console())
     return found.verdict.exit_code
 
 
 def _track(rows: Sequence[Row]) -> Iterable[Row]:
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     return track(rows, "tokenising", console=console, transient=True, disable=not console.is_terminal)

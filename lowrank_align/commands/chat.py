@@ -22,7 +22,8 @@ from lowrank_align.checkpoint import write_atomic
 from lowrank_align.config import ChatSettings
 from lowrank_align.config.yaml_files import first_problem
 from lowrank_align.conversation import Conversation, Reply, Sampling, Turn, Voices
-from lowrank_align.data.chat import Renderer
+from lowrank_align.data.chat import CONTROL_AS_TEXT, Renderer, notes_on
+from lowrank_align.data.formats import Row, Shape
 from lowrank_align.errors import EXIT_DONE, EnvironmentProblem, UserError, is_out_of_memory, nearest
 from lowrank_align.loading import check_device, model_folder, read_config, read_tokenizer
 from lowrank_align.preset_check import from_preset, preset_lines
@@ -144,6 +145,8 @@ class Session:
         reply = Reply(
             self.base, self.voices.role, renderer, self.conversation, question, self._sampling(), self.generator
         )
+        if notes_on([Row(Shape.prompts, self.conversation.messages(question), [])], renderer):
+            self.screen.note(f"({CONTROL_AS_TEXT})")
         if reply.left_out:
             turns = f"{reply.left_out} turn" + "s" * (reply.left_out > 1)
             self.screen.note(f"(the context is full: left out the oldest {turns})")

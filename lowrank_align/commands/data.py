@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from lowrank_align.checkpoint import write_atomic
@@ -25,6 +24,7 @@ from lowrank_align.ratings import WinRate
 from lowrank_align.store import Store
 from lowrank_align.store.encoding import to_json
 from lowrank_align.store.stats import Stats, stats
+from lowrank_align.terminal import make_console, say
 
 
 def data_import(settings: DataImportSettings) -> None:
@@ -33,8 +33,8 @@ def data_import(settings: DataImportSettings) -> None:
     with Store(settings.store) as store:
         done = import_rows(store, settings.file, annotator=settings.annotator, skip_bad=aside)
         for line in import_lines(done, aside):
-            print(f"{settings.file}: {line}")
-        print(f"{settings.store}: {_many(store.count(), 'judgement')}, {_many(store.queue_total(), 'prompt')}")
+            say(f"{settings.file}: {line}")
+        say(f"{settings.store}: {_many(store.count(), 'judgement')}, {_many(store.queue_total(), 'prompt')}")
 
 
 def data_export(settings: DataExportSettings) -> None:
@@ -61,11 +61,11 @@ def data_convert(settings: DataConvertSettings) -> None:
         keep_ties=settings.ties == "keep",
     )
     for name, count in loaded.conversions.items():
-        print(f"{settings.file}: {count} rows read as {name}")
+        say(f"{settings.file}: {count} rows read as {name}")
     shape = loaded.rows[0].shape
-    print(f"{settings.file}: {_many(len(loaded.rows), f'{shape} row')}, {_many(done.groups, 'group')} of answers")
+    say(f"{settings.file}: {_many(len(loaded.rows), f'{shape} row')}, {_many(done.groups, 'group')} of answers")
     if loaded.skipped:
-        print(f"{settings.file}: {loaded.skipped} bad, set aside in {aside}")
+        say(f"{settings.file}: {loaded.skipped} bad, set aside in {aside}")
     _write(settings.file, settings.to, out, done.lines, {reason: n for reason, n in done.left_out.items() if n})
 
 
@@ -85,9 +85,9 @@ def _write(source: str, kind: str, out: Path, lines: Sequence[Mapping[str, Any]]
         raise UserError("; ".join([f"{source}: nothing to write as {kind}", *told]))
     _make_folder(out)
     write_atomic(out, "".join(to_json(line) + "\n" for line in lines))
-    print(f"{out}: {_many(len(lines), 'line')}")
+    say(f"{out}: {_many(len(lines), 'line')}")
     for line in told:
-        print(f"  {line}")
+        say(f"  {line}")
 
 
 def _make_folder(out: Path) -> None:
@@ -102,12 +102,12 @@ def data_stats(settings: DataStatsSettings) -> None:
     with Store(settings.store, create=False) as store:
         found = stats(store, settings.annotator)
     if settings.as_json:
-        print(json.dumps(found.as_json(), ensure_ascii=False, indent=2))
+        say(json.dumps(found.as_json(), ensure_ascii=False, indent=2))
         return
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in stats_lines(found):
         table.add_row(name, value)
-    Console(highlight=False, markup=False).print(table)
+    make_console(markup=False).print(table)
 
 
 def data_backup(settings: DataBackupSettings) -> None:

@@ -4,12 +4,12 @@ import json
 from dataclasses import asdict
 from textwrap import wrap
 
-from rich.console import Console
 from rich.text import Text
 
 from lowrank_align.config import DoctorSettings
 from lowrank_align.doctor import Finding, can_train, examine
 from lowrank_align.errors import EXIT_DONE, EXIT_ENVIRONMENT
+from lowrank_align.terminal import make_console, say
 
 STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 WIDTH, LEVEL_WIDTH, TOPIC_WIDTH = 80, 9, 13
@@ -21,9 +21,9 @@ def doctor(settings: DoctorSettings) -> int:
     good = can_train(findings)
     if settings.as_json:
         report = {"can_train": good, "findings": [asdict(finding) for finding in findings]}
-        print(json.dumps(report, indent=2, ensure_ascii=False))
+        say(json.dumps(report, indent=2, ensure_ascii=False))
     else:
-        console = Console(highlight=False)
+        console = make_console()
         for finding in findings:
             console.print(_lines(finding), soft_wrap=True)
         count = sum(finding.level == "problem" for finding in findings)

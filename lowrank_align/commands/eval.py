@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from rich.console import Console
-
 from lowrank_align import adapters
 from lowrank_align.base import Base
 from lowrank_align.config import EvalSettings
@@ -18,6 +16,7 @@ from lowrank_align.evaluate.report import Report
 from lowrank_align.provenance import read_provenance, versions
 from lowrank_align.rewards import Rewards
 from lowrank_align.roles import BARE
+from lowrank_align.terminal import make_console, say
 
 
 def eval(settings: EvalSettings) -> None:
@@ -41,9 +40,9 @@ def eval(settings: EvalSettings) -> None:
             _tasks(settings, inputs, base, report)
     if inputs.entries:
         _people(settings, inputs, rewards, report)
-    report.print(Console(highlight=False))
+    report.print(make_console())
     if out is not None:
-        print(f"{settings.out}: {', '.join(report.write(out))}")
+        say(f"{settings.out}: {', '.join(report.write(out))}")
 
 
 # ---- with the model
@@ -184,7 +183,7 @@ def _people(settings: EvalSettings, inputs: Inputs, rewards: Rewards | None, rep
 @contextmanager
 def _doing(what: str) -> Iterator[Callable[[], None]]:
     """A line on the terminal while something takes its time; what it yields counts up there."""
-    console, count = Console(stderr=True, highlight=False), 0
+    console, count = make_console(stderr=True), 0
     if not console.is_terminal:
         yield lambda: None
         return

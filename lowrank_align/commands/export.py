@@ -7,9 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from lowrank_align import adapters
+from lowrank_align import adapters, terminal
 from lowrank_align.checkpoint import write_atomic
 from lowrank_align.config import ExportSettings, ReadingSettings
 from lowrank_align.errors import NumericError, UserError
@@ -25,6 +23,7 @@ from lowrank_align.loading import DTYPES, load_frozen, pick_device
 from lowrank_align.preset_check import preset_lines
 from lowrank_align.presets import read_preset
 from lowrank_align.provenance import file_sha256
+from lowrank_align.terminal import make_console
 
 PARITY, CARD, SCRATCH = "parity.json", "README.md", "merging"
 
@@ -51,10 +50,10 @@ def export(settings: ExportSettings) -> None:
         folder.mark(**_marker(job, passed))
         place = folder.publish() if passed else folder.fail()
     for line in [*notes, *report["summary"], *doubts]:  # last what may keep the export from being of use
-        print(line)
+        terminal.say(line)
     if not passed:
         raise NumericError(f"{out}: not what was trained, so it is kept as {place.name} only; see {PARITY} in there")
-    print(f"{settings.out}: {job.to}, checked" + (f"; {ollama.IN_SHORT[job.to]}: see above" if doubts else ""))
+    terminal.say(f"{settings.out}: {job.to}, checked" + (f"; {ollama.IN_SHORT[job.to]}: see above" if doubts else ""))
 
 
 # ---- before anything is loaded
@@ -188,7 +187,7 @@ def _marker(job: Job, passed: bool) -> dict[str, Any]:
 @contextmanager
 def _steps() -> Iterator[Say]:
     """What is being done, on a terminal."""
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     if not console.is_terminal:
         yield lambda text: None
         return

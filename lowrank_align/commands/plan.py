@@ -25,6 +25,7 @@ from lowrank_align.plan import (
     size_bytes,
 )
 from lowrank_align.presets import Preset, read_preset
+from lowrank_align.terminal import make_console, say
 
 PAIRED = ("reward", "dpo", "condition")  # a row of theirs has two completions
 LEARNED = {"online-dpo": 2, "expert": 1}  # so many answers of a group; others learn from all
@@ -48,9 +49,9 @@ def plan(settings: PlanSettings) -> int:
     budget = size_bytes(settings.gpu) if settings.gpu else _this_gpu()
     found = fit(architecture, work, budget) if budget else None
     if settings.as_json:
-        print(json.dumps(_as_json(settings, architecture, work, found), indent=2))
+        say(json.dumps(_as_json(settings, architecture, work, found), indent=2))
     else:
-        _print(settings, architecture, work, found, Console(highlight=False))
+        _print(settings, architecture, work, found, make_console())
     return EXIT_DONE if found is None or found.fits else EXIT_ENVIRONMENT
 
 

@@ -23,6 +23,7 @@ from lowrank_align.presets import (
     read_preset,
     read_preset_file,
 )
+from lowrank_align.terminal import make_console, say
 
 KEPT_BYTES = 2  # of a weight that quantisation leaves alone, in 16 bits
 LEFT = 45  # columns for a name or a hub id
@@ -36,14 +37,14 @@ def presets(settings: PresetsSettings) -> None:
         if settings.as_json:
             _print_json(_as_json(preset))
         else:
-            _page(preset, Console(highlight=False))
+            _page(preset, make_console())
         return
     found, broken = _all()
     if settings.as_json:
         problems = [{"file": str(file), "problem": problem} for file, problem in broken.items()]
         _print_json({"presets": [_as_json(preset) for preset in found], "broken": problems})
     else:
-        _list(found, broken, Console(highlight=False))
+        _list(found, broken, make_console())
 
 
 def nf4_bytes(architecture: Architecture) -> float:
@@ -217,4 +218,4 @@ def _as_json(preset: Preset) -> dict[str, Any]:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+    say(json.dumps(value, ensure_ascii=False, indent=2))

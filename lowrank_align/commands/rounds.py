@@ -1,15 +1,15 @@
 """`lowrank-align rounds`: the loop, and a table of its rounds."""
 
-from rich.console import Console
 from rich.table import Table
 
 from lowrank_align.config import RoundsSettings
 from lowrank_align.rounds import RoundResult, Rounds
+from lowrank_align.terminal import make_console
 
 
 def rounds(settings: RoundsSettings) -> None:
     """All rounds, then what each of them brought."""
-    console = Console(highlight=False)
+    console = make_console()
     loop = Rounds(settings, lambda line: console.print(line, markup=False, soft_wrap=True))
     results = loop.run()
     console.print(table_of(results))

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import compress
 from pathlib import Path
@@ -9,7 +10,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
 
 from lowrank_align import adapters
@@ -24,7 +24,7 @@ from lowrank_align.config import (
     ScoreSettings,
     ShowSettings,
 )
-from lowrank_align.data.chat import Renderer
+from lowrank_align.data.chat import Renderer, notes_on
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.data.load import Loaded, load_rows
 from lowrank_align.data.show import print_rows
@@ -36,6 +36,7 @@ from lowrank_align.rewards import Rewards, is_function, load_function, seen_answ
 from lowrank_align.roles import BARE
 from lowrank_align.rollout import Rollout, generator_for, sample
 from lowrank_align.runs import check_place
+from lowrank_align.terminal import make_console, say
 from lowrank_align.trees import TreeBatch, TreeRow
 
 WITH_COMPLETIONS = frozenset({Shape.demonstration, Shape.pair, Shape.ranking, Shape.unpaired, Shape.scored})
@@ -53,6 +54,8 @@ def generate(settings: GenerateSettings) -> None:
     _tell_conversions(loaded, settings.prompts)
     renderer = _behind_prefix(settings, _renderer(settings))
     rows, prompts = _that_fit(loaded.rows, renderer, settings.max_new_tokens)
+    for note, count in notes_on(loaded.rows, renderer).items():
+        say(f"{settings.prompts}: {count} rows: {note}")
     base = _load(settings)
     rewards = Rewards(base, settings.reward or [], settings.reward_weights)
     rewards.add_roles()
@@ -84,7 +87,7 @@ def generate(settings: GenerateSettings) -> None:
     _write(settings.out, lines)
     if every_score:
         means = fmean(line["score"] for line in lines), fmean(every_score)
-        print(f"  best of {drawn}: score {means[0]:.4g} on average, of all {len(every_score)} drawn {means[1]:.4g}")
+        say(f"  best of {drawn}: score {means[0]:.4g} on average, of all {len(every_score)} drawn {means[1]:.4g}")
 
 
 def _that_fit(rows: list[Row], renderer: Renderer, max_new_tokens: int) -> tuple[list[Row], list[list[int]]]:
@@ -96,7 +99,7 @@ def _that_fit(rows: list[Row], renderer: Renderer, max_new_tokens: int) -> tuple
     if len(left_out) == len(rows):
         raise UserError(f"{left_out[0]}: {room}, nor for any other prompt; lower --max-new-tokens")
     if left_out:
-        print(f"{len(left_out)} of {len(rows)} prompts left out, {room}: {', '.join(left_out)}")
+        say(f"{len(left_out)} of {len(rows)} prompts left out, {room}: {', '.join(left_out)}")
     return list(compress(rows, fits)), list(compress(every, fits))
 
 
@@ -134,7 +137,7 @@ def logps(settings: LogpsSettings) -> None:
 def show(settings: ShowSettings) -> None:
     """Print rows as the model will see them."""
     rows = load_rows(settings.data, expect=WITH_COMPLETIONS).rows[: settings.rows]
-    print_rows(_renderer(settings), rows, settings.rows, Console(highlight=False))
+    print_rows(_renderer(settings), rows, settings.rows, make_console())
 
 
 # ---- before the model loads
@@ -171,7 +174,7 @@ def _renderer(settings: ModelSettings | ShowSettings) -> Renderer:
         thinking_if_possible=from_preset(settings, "thinking"),
     )
     for line in preset_lines(settings, renderer, read_config(settings.model)):
-        print(line)
+        say(line)
     return renderer
 
 
@@ -179,7 +182,7 @@ def _behind_prefix(settings: ModelSettings, renderer: Renderer) -> Renderer:
     """With the text before the answer that the adapter was trained with, if any."""
     prefix = adapters.answer_prefix(settings.adapter)
     if prefix:
-        print(f"{settings.adapter}: answers stand behind {prefix!r}, as in training")
+        say(f"{settings.adapter}: answers stand behind {prefix!r}, as in training")
     return renderer.with_prefix(prefix)
 
 
@@ -190,7 +193,7 @@ def _rows(settings: RowsSettings, renderer: Renderer) -> list[Line]:
         loaded = load_rows(settings.data, expect=WITH_COMPLETIONS, skip_bad=aside if settings.skip_bad else None)
         bad = [json.loads(line)["error"] for line in aside.read_text().splitlines()] if loaded.skipped else []
     _tell_conversions(loaded, settings.data)
-    cut = 0
+    cut, notes = 0, Counter[str]()
     good, errors = {row.index: row for row in loaded.rows}, iter(bad)
     lines: list[Line] = []
     for place in range(len(loaded.rows) + loaded.skipped):
@@ -205,15 +208,18 @@ def _rows(settings: RowsSettings, renderer: Renderer) -> list[Line]:
             lines.append(str(error))
             continue
         cut += rendered.truncated_tokens > 0
+        notes.update(set(rendered.notes))
         lines.append(rendered.tree or str(rendered.dropped))
     if cut:
-        print(f"{settings.data}: {cut} of {len(lines)} rows cut at max_length {renderer.max_length}")
+        say(f"{settings.data}: {cut} of {len(lines)} rows cut at max_length {renderer.max_length}")
+    for note, count in notes.items():
+        say(f"{settings.data}: {count} rows: {note}")
     return lines
 
 
 def _tell_conversions(loaded: Loaded, source: str) -> None:
     for name, count in loaded.conversions.items():
-        print(f"{source}: {count} rows read as {name}")
+        say(f"{source}: {count} rows read as {name}")
 
 
 # ---- with the model
@@ -260,7 +266,7 @@ def _answer(row: Row, renderer: Renderer, rollout: Rollout) -> dict[str, Any]:
 
 
 def _batches(count: int, size: int) -> Iterator[range]:
-    starts, console = range(0, count, size), Console(stderr=True)
+    starts, console = range(0, count, size), make_console(stderr=True)
     for start in track(starts, "rows", console=console, transient=True, disable=not console.is_terminal):
         yield range(start, min(start + size, count))
 
@@ -272,11 +278,11 @@ def _write(out: str, lines: Sequence[dict[str, Any]]) -> None:
         write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     except OSError as error:
         raise EnvironmentProblem(f"{out}: cannot be written: {error.strerror or error}") from error
-    print(f"{out}: {len(lines)} lines")
+    say(f"{out}: {len(lines)} lines")
     if reasons := [line["reason"] for line in lines if "reason" in line]:
-        print(f"  {len(reasons)} of them without figures (first: {reasons[0]})")
+        say(f"  {len(reasons)} of them without figures (first: {reasons[0]})")
     if empty := sum(_is_empty(line["completion"]) for line in lines if "completion" in line):
-        print(f"  {empty} of them empty: score and logps take them with --skip-bad")
+        say(f"  {empty} of them empty: score and logps take them with --skip-bad")
 
 
 def _is_empty(completion: Any) -> bool:

@@ -1,6 +1,7 @@
 """From flags, a YAML file and a preset to checked settings, and back to the YAML that runs them again."""
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -8,11 +9,14 @@ import yaml
 from pydantic import ValidationError
 
 from lowrank_align.config.commands import COMMANDS
+from lowrank_align.config.evaluation import is_address
 from lowrank_align.config.knobs import Settings
+from lowrank_align.config.online import is_function
 from lowrank_align.config.training import ADAPTERS_OWN, TrainSettings
 from lowrank_align.config.yaml_files import first_problem, read_yaml
 from lowrank_align.errors import UserError, nearest
 
+OUTSIDE = {"reward", "score", "judge", "rollout_server"}  # a module:function, which is imported, or an address
 OF_THE_MOMENT = {"resume", "overwrite", "gpu", "auto", "force"}  # about this start of the run, not about the run
 
 S = TypeVar("S", bound=Settings)
@@ -26,13 +30,17 @@ def resolve(settings: type[S], flags: Mapping[str, Any], config_file: str | Path
     given = read_yaml(config_file) if config_file is not None else {}
     given.pop("method", None) if "method" not in settings.model_fields else None  # a run's config.yaml names its method
     where = dict.fromkeys(given, f"{config_file}: ")
+    known = settings.model_fields
+    for key in flags:
+        if key not in known:
+            raise UserError(f"{key}: unknown setting{nearest(str(key), known)}")
     for key, value in flags.items():
         if value is not None:
             given[key], where[key] = value, ""
-    known = settings.model_fields
     for key in given:
         if key not in known:
             raise UserError(f"{where[key]}{key}: unknown setting{nearest(str(key), known)}")
+    _refuse_outside(given, where)
     _refuse_unusable(given, where)
     if given.get("preset") is not None and "model" in known:
         from lowrank_align.presets import read_preset  # its settings are checked against the commands'
@@ -52,9 +60,17 @@ def to_yaml(settings: TrainSettings) -> str:
     """The resolved settings, so that `lowrank-align METHOD --config RUN/config.yaml` runs them again."""
     unused = set(ADAPTERS_OWN) if settings.adapter else set()
     values = settings.model_dump(exclude=OF_THE_MOMENT | unused)
-    return f"# lowrank-align {settings.method} --config THIS_FILE\n" + yaml.safe_dump(
+    flags = _flags(values, OUTSIDE)  # which no file may set alone
+    return f"# lowrank-align {settings.method} --config THIS_FILE{flags}\n" + yaml.safe_dump(
         {"method": settings.method, **values}, sort_keys=False, allow_unicode=True
     )
+
+
+def _flags(values: Mapping[str, Any], names: Set[str]) -> str:
+    """As they are given on the command line, where they are code or addresses."""
+    found = {key: values[key] if isinstance(values[key], list) else [values[key]] for key in names & values.keys()}
+    outside = {key: texts for key, texts in found.items() if any(t and (is_function(t) or is_address(t)) for t in texts)}
+    return "".join(f" --{key.replace('_', '-')} {shlex.join(texts)}" for key, texts in sorted(outside.items()))
 
 
 def _command(settings: type[Settings], given: Mapping[str, Any]) -> str:
@@ -64,6 +80,16 @@ def _command(settings: type[Settings], given: Mapping[str, Any]) -> str:
     if "method" in settings.model_fields:
         return str(given.get("method", settings.model_fields["method"].default))
     return next((name for name, kind in COMMANDS.items() if kind is settings), "")
+
+
+def _refuse_outside(given: Mapping[str, Any], where: Mapping[str, str]) -> None:
+    """Code to run and addresses to send rows to are named by the user: a file may come from somebody else."""
+    for key in OUTSIDE & given.keys():
+        for text in given[key] if isinstance(given[key], list) else [given[key]]:
+            if where[key] and isinstance(text, str) and (is_function(text) or is_address(text)):
+                what = "an address" if is_address(text) else "Python code"
+                flag = f"--{key.replace('_', '-')} {text}"
+                raise UserError(f"{where[key]}{key}: {text} is {what}, which no file may name; give {flag} yourself")
 
 
 def _refuse_unusable(given: Mapping[str, Any], where: Mapping[str, str]) -> None:

@@ -20,7 +20,7 @@ or if what was cut made its answers equal or left nothing to train.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["PLAIN_TEMPLATE", "Rendered", "RenderedRows", "Renderer", "render_all"]
 
 TrainOn = Literal["all", "last"]
+CONTROL_AS_TEXT = "control tokens within messages are taken as text"
+CONTROL_ACTS = "control tokens within texts act as such (within messages they would be text)"
 NO_ROOM = "the prompt leaves no room"
 NOTHING_TRAINED = "no trained token is left"
 BECAME_EQUAL = "the answers are equal after cutting"
@@ -92,6 +94,12 @@ def render_all(render: Callable[[Row], Rendered], rows: Sequence[Row], *, skip_b
     cut = [rendered.truncated_tokens for _, rendered in done if rendered.tree and rendered.truncated_tokens]
     notes = Counter(note for _, rendered in done for note in set(rendered.notes))
     return RenderedRows(trees, dropped, len(cut), sum(cut), skipped, notes)
+
+
+def notes_on(rows: Sequence[Row], renderer: "Renderer") -> Counter[str]:
+    """What to say about prompts that are only answered: in how many the control tokens are text, or act."""
+    holding = (row for row in rows if renderer.holds_control(replace(row, completions=[])))
+    return Counter(CONTROL_ACTS if isinstance(row.prompt, str) else CONTROL_AS_TEXT for row in holding)
 
 
 class Renderer:
@@ -196,10 +204,16 @@ class Renderer:
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         try:
-            text = self._template.render(self._encoder.protect(messages), row.template_kwargs, open_turn=True)
-            return self._encoder.chat(text).ids
+            kwargs = self._encoder.protect_value(row.template_kwargs)
+            ids = self._encoder.chat(self._template.render(self._encoder.protect(messages), kwargs, open_turn=True)).ids
+            self._check_kept_as_text(messages, row, ids, open_turn=True)
+            return ids
         except UserError as error:
             raise UserError(f"{row.where}: {_field(row)}: {error}") from None
+
+    def holds_control(self, row: Row) -> bool:
+        """Whether control tokens stand in what the row says: in messages they are taken as text, in texts they act."""
+        return self._encoder.holds_control([row.prompt, row.completions, row.template_kwargs])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without special tokens. Templates may put a space or newline before an answer: strip it."""
@@ -245,6 +259,8 @@ class Renderer:
                 notes = ("the prompt's last token merges with the completion's first",)
         else:
             shared = 1
+        if any(self._encoder.control_in(ids[1:-1]) for ids in whole):  # BOS and the end token may be written out
+            notes = (*notes, CONTROL_ACTS)
         whole = [ids if ids[-1:] == [self._end_of_text] else [*ids, self._end_of_text] for ids in whole]
         if not shared:
             whole, shared = [[self._context_id, *ids] for ids in whole], 1
@@ -258,9 +274,9 @@ class Renderer:
         whole = []
         for completion in row.completions:
             conversation = [*prompt, *self._encoder.protect(_messages(completion))]
-            if conversation != [*_messages(row.prompt), *_messages(completion)]:
-                notes["control tokens within messages are taken as text"] = None
             whole.append(self._conversation(conversation, row, notes))
+        if self.holds_control(row):
+            notes[CONTROL_AS_TEXT] = None
         first_trained = [completion.mask.index(True) for completion in whole if any(completion.mask)]
         shared = min([common_prefix([completion.ids for completion in whole]), *first_trained])
         if not shared:
@@ -268,11 +284,24 @@ class Renderer:
             shared = 1
         return shared, whole, tuple(notes)
 
+    def _check_kept_as_text(
+        self, messages: Sequence[Message], row: Row, ids: Sequence[int], *, open_turn: bool = False
+    ) -> None:
+        """UserError where a template's filters have made control tokens of a row's out of what was marked as text."""
+        if not self._encoder.holds_control([*messages, row.template_kwargs]):
+            return
+        clean: list[Message] = self._encoder.without_control(messages)
+        kwargs = self._encoder.without_control(row.template_kwargs)
+        text = self._template.render(self._encoder.protect(clean), kwargs, open_turn=open_turn)
+        if self._encoder.control_in(ids) != self._encoder.control_in(self._encoder.chat(text).ids):
+            raise UserError("contains control tokens, which the chat template does not leave as text")
+
     def _conversation(self, messages: list[Message], row: Row, notes: dict[str, None]) -> Completion:
         """A whole conversation with its trained tokens marked, ended after the last of them."""
-        turns = self._template.turns(messages, row.template_kwargs, len(row.prompt))
+        turns = self._template.turns(messages, self._encoder.protect_value(row.template_kwargs), len(row.prompt))
         notes.update(dict.fromkeys(turns.notes))
         encoded = self._encoder.chat(turns.text)
+        self._check_kept_as_text(messages, row, encoded.ids)
         last = len(messages) - 1
         trained = [span for i, span in turns.spans.items() if self.train_on == "all" or i == last]
         masks = [encoded.covering(*span) for span in trained]

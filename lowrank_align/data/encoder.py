@@ -1,7 +1,7 @@
 """A tokenizer with the habits that training needs: BOS once, offsets, control tokens in a user's text kept as text."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,10 @@ class Encoder:
         special = [token.content for token in added.values() if token.special and not token.content.isspace()]
         tokens = "|".join(re.escape(text) for text in sorted(special, key=len, reverse=True)) or "(?!)"
         self._control = re.compile(tokens)
+        self._beginnings = {text[:length] for text in special for length in range(1, len(text))}
+        self._longest = max(map(len, special), default=0)
+        # Unknown characters are no control token, though the token for them is special.
+        self._control_ids = {self.added[text]: text for text in special if self.added[text] != tokenizer.unk_token_id}
         self._marked = re.compile(f"{_OPEN}({tokens}){_CLOSE}|{_OPEN}|{_CLOSE}")
 
     def text(self, text: str) -> list[int]:
@@ -65,6 +69,7 @@ class Encoder:
         has_marks = _OPEN in text or _CLOSE in text
         whole = self._joined(self._pieces(text)) if has_marks else self._call(text, add_special_tokens=False)
         ids, spans = whole.ids, whole.spans
+        self._refuse_made(text, whole)
         if self._adds_bos and ids[:1] != [self.bos_id]:
             ids, spans = [self.bos_id or 0, *ids], [(0, 0), *spans]
         return Encoded(ids, spans)
@@ -73,16 +78,42 @@ class Encoder:
         """A text that stands in the middle of another; UserError for a control token that cannot be written as text."""
         if not control_as_text:
             return self._piece(text, False).ids if text else []
-        pieces = self._pieces(self._protect(text))
-        return [i for _, piece, is_plain in pieces for i in self._piece(piece, is_plain).ids]
+        ids: list[int] = []
+        for _, piece, is_plain in self._pieces(self._protect(text)):
+            encoded = self._piece(piece, is_plain)
+            self._refuse_made(piece, encoded)
+            ids += encoded.ids
+        return ids
 
     def protect(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages with every control token in a content marked as text."""
-        return [{**message, "content": self._protect(message["content"])} for message in messages]  # type: ignore[typeddict-item]
+        """The messages with every control token in a content, a thought or a tool call marked as text."""
+        return [{**self.protect_value(message), "role": message["role"]} for message in messages]  # type: ignore[typeddict-item]
+
+    def protect_value(self, value: Any) -> Any:
+        """A value of a row that a template may print, as deep as it goes, with every control token marked as text."""
+        return _on_texts(self._protect, value)
+
+    def without_control(self, value: Any) -> Any:
+        """The value with a letter for every control token, to see which ones a template writes by itself."""
+        return _on_texts(lambda text: self._control.sub("x", text), value)
+
+    def holds_control(self, value: Any) -> bool:
+        """Whether control tokens stand in a text, or in any text of a value."""
+        found: list[bool] = []
+        _on_texts(lambda text: found.append(self._control.search(text) is not None), value)
+        return any(found)
+
+    def control_in(self, ids: Sequence[int]) -> list[int]:
+        """The control tokens among `ids`, in their order."""
+        return [i for i in ids if i in self._control_ids]
 
     def _protect(self, content: str) -> str:
         content = content.replace(_OPEN, "").replace(_CLOSE, "")  # marks must not be forged
-        return self._control.sub(f"{_OPEN}\\g<0>{_CLOSE}", content)
+        content = self._control.sub(f"{_OPEN}\\g<0>{_CLOSE}", content)
+        end = content.rstrip()  # templates strip, and what they put after it must not complete a token
+        if any(end[-length:] in self._beginnings for length in range(1, min(self._longest, len(end) + 1))):
+            return f"{end}{_OPEN}{content[len(end) :]}"
+        return content
 
     def _pieces(self, text: str) -> list[tuple[int, str, bool]]:
         """(start, text, whether it is a protected control token) of what stands between the marks."""
@@ -117,6 +148,30 @@ class Encoder:
             raise UserError(f"contains the control token {text}, which this tokenizer cannot write as text")
         return encoded
 
+    def _refuse_made(self, text: str, encoded: Encoded) -> None:
+        """Normalisation can make a control token of other characters (of full-width ones, say)."""
+        for i, (start, end) in zip(encoded.ids, encoded.spans, strict=True):
+            if i in self._control_ids and end > start and self._control_ids[i] not in text[start:end]:
+                raise UserError(f"contains text that this tokenizer reads as the control token {self._control_ids[i]}")
+
     def _call(self, text: str, **kwargs: Any) -> Encoded:
         out = self.tokenizer(text, return_offsets_mapping=True, verbose=False, **kwargs)
         return Encoded(out["input_ids"], out["offset_mapping"])
+
+
+def _on_texts(change: Callable[[str], object], value: Any) -> Any:
+    """`value` with every text in it changed, keys too. UserError where it is nested deeper than Python recurses."""
+    try:
+        return _changed(change, value)
+    except RecursionError:
+        raise UserError("nested too deep") from None
+
+
+def _changed(change: Callable[[str], object], value: Any) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_changed(change, key): _changed(change, inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_changed(change, inner) for inner in value]
+    return value

@@ -32,6 +32,7 @@ _TEMPLATE_OWN = {
     "chat_template",
     "add_generation_prompt",
     "continue_final_message",
+    *(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")),
 }
 # What a row is read from.
 _READ = {"prompt", "completion", "messages", "text", "chosen", "rejected", "preference", "margin", "completions"}

@@ -1,12 +1,12 @@
 """Rows as the model sees them: the prompt dim, trained tokens in green, the rest of a completion in yellow."""
 
-import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row, Shape
+from lowrank_align.terminal import visible
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -101,12 +101,12 @@ def _coloured(
 
     shown = Text()
     if not ids:
-        return shown.append(_escaped(_decode(renderer, prompt_ids)), style=PROMPT)
+        return shown.append(visible(_decode(renderer, prompt_ids)), style=PROMPT)
     before, at = _decode(renderer, prompt_ids), 0
     for is_trained, run in groupby(mask):
         at += len(list(run))
         upto = _decode(renderer, prompt_ids + ids[:at])
-        piece = _escaped(upto[len(before) :])
+        piece = visible(upto[len(before) :])
         shown.append(f"{marks[0]}{piece}{marks[1]}" if is_trained else piece, style=TRAINED if is_trained else CONTEXT)
         before = upto
     return shown
@@ -114,16 +114,3 @@ def _coloured(
 
 def _decode(renderer: Renderer, ids: list[int]) -> str:
     return str(renderer.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-_BIDI = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they would reorder the rest of the line
-
-
-def _escaped(text: str) -> str:
-    """Control characters as Python writes them, but for newlines."""
-    return "".join(
-        char.encode("unicode_escape").decode()
-        if char != "\n" and (unicodedata.category(char) in ("Cc", "Cs") or char in _BIDI)
-        else char
-        for char in text
-    )

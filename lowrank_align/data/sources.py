@@ -6,8 +6,11 @@ comes as its error, so that the ones after it are still looked at.
 
 import gzip
 import hashlib
+import io
 import json
+import os
 import re
+import stat
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ from lowrank_align.errors import EnvironmentProblem, UserError, nearest
 
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz", ".parquet")
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_MOST_TIMES, _UNPACKED_BYTES = 300, 2**28  # gzip: rows of text shrink to a tenth, and a file of zeros to a thousandth
 _SPLITS = ("train", "validation", "valid", "val", "dev", "test", "eval")
 
 
@@ -42,6 +46,8 @@ class RawSource:
 def open_source(source: str | Path, split: str = "train") -> RawSource:
     """The rows of a file, a folder or a hub dataset id. Raises `UserError` where there is nothing that can be read."""
     path = Path(source).expanduser()
+    if path.is_symlink() and not os.path.exists(path):
+        raise UserError(f"{source}: a link to {os.readlink(path)}, which is not there")
     if path.is_dir():
         return _open_folder(path, split)
     if path.exists():  # also a pipe, as of `--data <(zcat rows.gz)`
@@ -67,6 +73,9 @@ def _open_files(paths: list[Path], root: Path) -> RawSource:
 
 def _read_bytes(path: Path) -> bytes:
     try:
+        kind = path.stat().st_mode
+        if stat.S_ISBLK(kind) or (stat.S_ISCHR(kind) and path.resolve() != Path(os.devnull)):
+            raise UserError(f"{path}: a device, which never ends; give a file of rows")
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -142,10 +151,9 @@ def _row_of_value(where: str, value: Any) -> RawRow:
 def _rows_of(name: str, content: bytes) -> Iterator[RawRow]:
     """The rows of one file by what it holds."""
     if content[:2] == b"\x1f\x8b":
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{name}: damaged gzip file ({_one_line(error)})") from None
+        content = _unpacked(name, content)
+    if content[:4] == b"PK\x03\x04":
+        raise UserError(f"{name}: a zip archive; unpack it, or compress the rows with gzip")
     if content[:4] == b"PAR1":
         return _parquet_rows(name, content)
     if content[:2] in (b"\xff\xfe", b"\xfe\xff") or content[1:2] == b"\0":
@@ -156,6 +164,22 @@ def _rows_of(name: str, content: bytes) -> Iterator[RawRow]:
     if content.split(b"\n", 1)[0].strip() == b"{":
         raise UserError(f"{name}:1: an object over several lines; rows are one object a line, or an array of objects")
     return _array_rows(name, content) if content.lstrip()[:1] == b"[" else _line_rows(name, content)
+
+
+def _unpacked(name: str, content: bytes) -> bytes:
+    """A gzip file's content, in pieces, so that a small one cannot fill the memory."""
+    most = max(_MOST_TIMES * len(content), _UNPACKED_BYTES)
+    try:
+        with gzip.open(io.BytesIO(content)) as file:
+            unpacked = file.read(most + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{name}: damaged gzip file ({_one_line(error)})") from None
+    if len(unpacked) > most:
+        times = f"{_MOST_TIMES} times its size; no rows are so alike: unpack it to see"
+        raise UserError(f"{name}: unpacks to over {most // 10**6} MB, {times}")
+    if unpacked[:2] == b"\x1f\x8b":
+        raise UserError(f"{name}: gzipped twice; unpack it once")
+    return unpacked
 
 
 def _parquet_rows(name: str, content: bytes) -> Iterator[RawRow]:
@@ -190,6 +214,8 @@ def row_of_line(where: str, line: bytes) -> RawRow:
         return RawRow(where, text, error=f"{where}: not UTF-8 (at byte {error.start} of the line), save it as UTF-8")
     except json.JSONDecodeError as error:
         return RawRow(where, text, error=f"{where}: not JSON: {error.msg} (column {error.colno})")
+    except _Twice as error:
+        return RawRow(where, text, error=f"{where}: {error}")
     except (RecursionError, ValueError) as error:
         return RawRow(where, text, error=f"{where}: not JSON: {_reason(error)}")
 
@@ -226,6 +252,8 @@ def _decode_element(name: str, text: str, at: int, line: int) -> tuple[Any, int]
         return _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
         _malformed(name, text, error.pos, error.msg)
+    except _Twice as error:
+        raise UserError(f"{name}:{line}: {error}") from None
     except (RecursionError, ValueError) as error:
         raise UserError(f"{name}:{line}: not JSON: {_reason(error)}") from None
 
@@ -245,7 +273,20 @@ def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+class _Twice(ValueError):
+    """A key twice in one object; JSON's readers keep the last without a word."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        key = next(key for key in keys if keys.count(key) > 1)
+        raise _Twice(f"{key}: stands twice in one object; which of them is meant?")
+    return found
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_once)
 
 
 def _reason(error: Exception) -> str:

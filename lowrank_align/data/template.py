@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank_align.data.messages import Message
+from lowrank_align.data.template_room import ROOM, OverLimit, TemplateFailure
 from lowrank_align.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -47,15 +48,6 @@ The generation prompt is `Assistant:` without a space: the space belongs to the 
 in generation alike.
 """
 
-# Templates that print today's date would make a resumed run differ from an uninterrupted one. All of them get the date
-# that Llama 3's templates fall back to; a row's `chat_template_kwargs` can set `date_string` where a template reads it.
-_DATE = {"%d": "26", "%-d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday"}
-_FIXED_DATE = (
-    "{%- macro strftime_now(format) %}{{ format"
-    + "".join(f" | replace('{code}', '{value}')" for code, value in _DATE.items())
-    + " }}{%- endmacro %}"
-)
-
 _ASKED, _ANSWERED, _ASKED_AGAIN = "Qzxa", "Qzxb", "Qzxc"  # contents that no template writes by itself
 _SWITCHES = ("enable_thinking", "thinking")  # what templates call the variable that lets the model think or not
 
@@ -70,6 +62,10 @@ class Turns:
     text: str
     spans: dict[int, tuple[int, int]]
     notes: list[str] = field(default_factory=list)
+
+
+class _Refusal(UserError):
+    """What a template says of one conversation; it may take another."""
 
 
 class ChatTemplate:
@@ -110,10 +106,7 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], kwargs: Mapping[str, Any], *, open_turn: bool = False) -> str:
         """The conversation as text; with `open_turn` ready for the assistant's answer. Raises `UserError`."""
-        try:
-            return str(self._apply(messages, kwargs, add_generation_prompt=open_turn, tokenize=False))
-        except Exception as error:  # a template is a program of somebody else's: it can raise anything
-            raise UserError(f"the chat template refuses this conversation ({' '.join(str(error).split())})") from None
+        return self._apply(messages, kwargs, open_turn=open_turn)[0]
 
     def turns(self, messages: Sequence[Message], kwargs: Mapping[str, Any], first: int) -> Turns:
         """Renders the conversation and finds the assistant's turns from message `first` on."""
@@ -139,22 +132,30 @@ class ChatTemplate:
             found.spans[i] = (start, end)
         return found
 
-    def _apply(self, messages: Sequence[Message], kwargs: Mapping[str, Any], **options: Any) -> Any:
-        """The tokenizer's own `apply_chat_template` with the template for this row."""
+    def _apply(
+        self, messages: Sequence[Message], kwargs: Mapping[str, Any], *, open_turn: bool = False, marked: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """What the template writes for this row, as `template_room` gives it; UserError where it refuses."""
         contents: list[dict[str, Any]] = [dict(message) for message in messages]
         if self._as_parts:
             contents = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in contents]
         template = self._for_tools if self._for_tools and kwargs.get("tools") else self.text
-        if "strftime_now" in template:
-            template = _FIXED_DATE + template
-        kwargs = {**self._always, **kwargs}
-        return self._tokenizer.apply_chat_template(contents, chat_template=template, **options, **kwargs)
+        values = {**self._tokenizer.special_tokens_map, **self._always, **kwargs, "add_generation_prompt": open_turn}
+        try:
+            if not contents:
+                raise TemplateFailure("it is empty")
+            return ROOM.render(template, contents, values, marked=marked)
+        except (TemplateFailure, ValueError, TypeError, RecursionError) as error:  # RecursionError: tools nested deep
+            why = " ".join(str(error).split())
+            if isinstance(error, OverLimit):
+                raise UserError(f"the chat template has no end ({why})") from None
+            raise _Refusal(f"the chat template refuses this conversation ({why})") from None
 
     def _start(self, text: str, messages: Sequence[Message], kwargs: Mapping[str, Any], i: int) -> int | None:
         """Where turn i begins, if the text before it is what the model gets when it has to write that turn."""
         try:
             before = self.render(messages[:i], kwargs, open_turn=True)
-        except UserError:  # a template may want a whole conversation
+        except _Refusal:  # a template may want a whole conversation
             return None
         return len(before) if text.startswith(before) else None
 
@@ -178,7 +179,7 @@ class ChatTemplate:
         changed: list[Message] = [*messages[:i], {**messages[i], "content": other}, *messages[i + 1 :]]
         try:
             changed_text = self.render(changed, kwargs)
-        except UserError:
+        except _Refusal:
             return None
         if changed_text == text:
             return None
@@ -189,14 +190,7 @@ class ChatTemplate:
         """The characters inside the template's `{% generation %}` blocks, by message; none if they do not match up."""
         if not self._has_marks:
             return {}
-        asked_for = {"return_assistant_tokens_mask": True, "tokenizer_kwargs": {"return_offsets_mapping": True}}
-        out = self._apply(messages, kwargs, tokenize=True, return_dict=True, **asked_for)
-        spans: list[tuple[int, int]] = []
-        inside = False
-        for is_answer, (first, last) in zip(out["assistant_masks"], out["offset_mapping"], strict=True):
-            if is_answer:
-                spans = [*spans[:-1], (spans[-1][0], last)] if inside else [*spans, (first, last)]
-            inside = bool(is_answer)
+        _, spans = self._apply(messages, kwargs, marked=True)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         return dict(zip(answers, spans, strict=True)) if len(spans) == len(answers) else {}
 
@@ -238,14 +232,14 @@ class ChatTemplate:
         asked = [Message(role="user", content=_ASKED)]
         try:
             on, off = (self.render(asked, {name: value}, open_turn=True) for value in (True, False))
-        except UserError:
+        except _Refusal:
             return False
         return on != off
 
     def _prints(self, asked: Sequence[Message]) -> bool:
         try:
             return _ANSWERED in self.render(asked, {})
-        except UserError:
+        except _Refusal:
             return False
 
 

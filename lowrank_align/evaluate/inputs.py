@@ -7,7 +7,7 @@ from pathlib import Path
 from lowrank_align import adapters
 from lowrank_align.config import EvalSettings, is_function
 from lowrank_align.config.evaluation import is_address
-from lowrank_align.data.chat import Renderer
+from lowrank_align.data.chat import Renderer, notes_on
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.data.load import Loaded, load_rows
 from lowrank_align.errors import UserError
@@ -23,6 +23,7 @@ from lowrank_align.rewards import RewardFunction, load_function, seen_prompt
 from lowrank_align.roles import BARE
 from lowrank_align.runs import check_place
 from lowrank_align.store import Entry
+from lowrank_align.terminal import say
 
 
 @dataclass
@@ -131,7 +132,7 @@ def _renderer(settings: EvalSettings) -> Renderer:
         thinking_if_possible=from_preset(settings, "thinking"),
     )
     for line in preset_lines(settings, renderer, read_config(str(settings.model))):
-        print(line)
+        say(line)
     return renderer
 
 
@@ -139,9 +140,9 @@ def _rows(settings: EvalSettings, source: str, shapes: set[Shape]) -> Loaded:
     aside = Path(f"{Path(source).name}.bad.jsonl") if settings.skip_bad else None
     loaded = load_rows(source, expect=shapes, skip_bad=aside)
     for name, count in loaded.conversions.items():
-        print(f"{source}: {count} rows read as {name}")
+        say(f"{source}: {count} rows read as {name}")
     if loaded.skipped:
-        print(f"{source}: {loaded.skipped} bad rows left out, listed in {aside}")
+        say(f"{source}: {loaded.skipped} bad rows left out, listed in {aside}")
     return loaded
 
 
@@ -158,10 +159,12 @@ def _asked(settings: EvalSettings, renderer: Renderer, runs: Sequence[str]) -> l
             left_out.append(row.where)
         else:
             found.append(Asked(prompt, ids, seen_prompt(prompt), reference))
+    for note, count in notes_on(rows, renderer).items():
+        say(f"{settings.prompts}: {count} rows: {note}")
     room = f"no room for {settings.max_new_tokens} new tokens within max_length {renderer.max_length}"
     if not found:
         raise UserError(f"{left_out[0]}: {room}, nor for any other prompt; lower --max-new-tokens")
     if left_out:
         shown = ", ".join(left_out[:5]) + ", ..." * (len(left_out) > 5)
-        print(f"{len(left_out)} of {len(rows)} prompts left out, {room}: {shown}")
+        say(f"{len(left_out)} of {len(rows)} prompts left out, {room}: {shown}")
     return found

@@ -15,6 +15,7 @@ from lowrank_align.data.formats import Row, Shape
 from lowrank_align.data.messages import Message
 from lowrank_align.errors import UserError
 from lowrank_align.export.source import NAMES, Source
+from lowrank_align.json_files import read_json
 from lowrank_align.provenance import for_publishing
 
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
@@ -35,10 +36,12 @@ def write_companions(folder: Path, source: Source, dtype: Any = None, *, states_
     """
     for pattern in (*TOKENIZER_FILES, *LICENCES, *(() if source.renamed else PROCESSORS)):
         for file in source.base.glob(pattern):
-            if file.is_file():
+            if file.is_file() and adapters.stays(file, source.base):  # exports get published
                 shutil.copyfile(file, folder / file.name)  # not copy: the hub's cache is read-only
     if (templates := source.base / "additional_chat_templates").is_dir():
-        shutil.copytree(templates, folder / templates.name, copy_function=shutil.copyfile)
+        inside = [file.name for file in templates.glob("*.jinja") if adapters.stays(file, source.base)]
+        leave_out = shutil.ignore_patterns("*") if not inside else lambda _, names: set(names) - set(inside)
+        shutil.copytree(templates, folder / templates.name, ignore=leave_out, copy_function=shutil.copyfile)
     _write_tokenizer_settings(folder, source, states_bos)
     if dtype is not None:
         _edit(folder / CONFIG, _model_config(source, _read(folder / CONFIG), dtype))
@@ -185,7 +188,7 @@ def _edit(file: Path, values: Mapping[str, Any]) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
     except (ValueError, OSError) as error:
         raise UserError(f"{file}: not readable as JSON ({error})") from error
     if not isinstance(found, dict):

@@ -1,6 +1,5 @@
 """What is exported: an adapter, the base it was made for, and how the two were trained; all checked without weights."""
 
-import json
 import logging
 import re
 from dataclasses import dataclass
@@ -125,13 +124,17 @@ def _renderer(settings: ExportSettings, model: str, record: dict[str, Any], run:
     renderer = Renderer(
         tokenizer,
         chat_template=settings.chat_template or trained.get("chat_template"),
-        max_length=min(int(trained.get("max_length") or context), context),
+        max_length=min(_length(trained.get("max_length"), context), context),
         thinking=thinking,
         thinking_if_possible=unasked,
     ).with_prefix(adapters.answer_prefix(run))
     if record.get("template_hash") not in (None, renderer.template_hash()) and settings.chat_template is None:
         log.warning("%s: the chat template is no longer the one that %s was trained with", model, run)
     return renderer, context
+
+
+def _length(recorded: Any, context: int) -> int:
+    return recorded if type(recorded) is int and recorded > 1 else context
 
 
 def own_dtype(config: Any, folder: Path) -> torch.dtype:
@@ -163,7 +166,7 @@ def _refuse_value_model(adapter: Path) -> None:
             has_head = any(key.endswith(adapters.HEAD) for key in file.keys())  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise UserError(f"{adapter / adapters.WEIGHTS}: cannot be read ({error}); the file is damaged") from error
-    task = json.loads((adapter / adapters.CONFIG).read_text(encoding="utf-8")).get("task_type")
+    task = adapters.read_config(adapter).get("task_type")
     if has_head and task != "SEQ_CLS":
         raise UserError(f"{adapter}: is a value model, of use to PPO alone; export the run it lies in")
 
@@ -172,7 +175,7 @@ def _base(settings: ExportSettings, run: Path, adapter: Path, record: dict[str, 
     """The base's name and folder: the one given, else the one on record."""
     if settings.model is not None:
         return settings.model, model_folder(settings.model)
-    config = json.loads((adapter / adapters.CONFIG).read_text(encoding="utf-8"))
+    config = adapters.read_config(adapter)
     named = record.get("base") or config.get("base_model_name_or_path")
     if not named:
         raise UserError(f"{run}: does not name its base; give it with --model")

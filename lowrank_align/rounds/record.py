@@ -8,6 +8,7 @@ from typing import Any
 from lowrank_align.checkpoint import write_atomic
 from lowrank_align.config import RoundsSettings
 from lowrank_align.errors import EnvironmentProblem, UserError
+from lowrank_align.json_files import read_json
 
 RECORD = "rounds.json"
 # What may differ when rounds go on: how many, who waits for how much, and where it runs.
@@ -58,7 +59,7 @@ class Record:
 
     def _read(self, out: Path) -> None:
         try:
-            content: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8"))
+            content: dict[str, Any] = read_json(self.file)
             was, rounds = content["settings"], [RoundResult(**one) for one in content["rounds"]]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.file}: damaged ({type(error).__name__}); choose another --out") from None

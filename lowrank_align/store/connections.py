@@ -94,6 +94,7 @@ class Connections:
             if connection.execute("PRAGMA journal_mode").fetchone() != ("delete",):
                 connection.execute("PRAGMA journal_mode = DELETE")
             connection.execute("PRAGMA synchronous = EXTRA")
+            connection.execute("PRAGMA trusted_schema = OFF")  # the file may be somebody else's
             connection.execute("PRAGMA foreign_keys = ON")
         except BaseException:
             connection.close()

@@ -79,6 +79,9 @@ _FIRST: Migration = (
 
 MIGRATIONS: list[Migration] = [_FIRST]
 
+OBJECTS = "SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%'"
+ACTING = ("CREATE TRIGGER", "CREATE VIEW", "CREATE VIRTUAL", "CREATE TEMP", "CREATE UNIQUE", "CREATE INDEX")
+
 # One statement sees one state: read one by one, they would show half of what another process makes meanwhile.
 FACTS = """
     SELECT application_id, user_version, (SELECT count(*) FROM sqlite_schema)
@@ -91,7 +94,14 @@ def prepare(connection: sqlite3.Connection, path: Path, migrations: Sequence[Mig
     `connection` is in autocommit mode. The backup is `<name>.v<old version>.bak`, numbered where there is one already.
     """
     migrations = MIGRATIONS if migrations is None else migrations
-    version = _version(connection, path, len(migrations))
+    connection.execute("BEGIN")  # so that version and schema are of one moment
+    try:
+        version = _version(connection, path, len(migrations))
+        if version:
+            _refuse_foreign(connection, path, migrations[:version])
+    finally:
+        if connection.in_transaction:
+            connection.execute("COMMIT")
     if version == len(migrations):
         return
     copied = _back_up(connection, path, version) if version else None
@@ -122,6 +132,25 @@ def _version(connection: sqlite3.Connection, path: Path, newest: int) -> int:
             f"{path}: written by a newer lowrank-align (schema {version}, this one knows {newest}); update this one"
         )
     return int(version)
+
+
+def _refuse_foreign(connection: sqlite3.Connection, path: Path, migrations: Sequence[Migration]) -> None:
+    """A store from somebody else could bring views that never end, or triggers that change what is written."""
+    clean = sqlite3.connect(":memory:", isolation_level=None)
+    try:
+        for migration in migrations:
+            for statement in migration:
+                clean.execute(statement)
+        ours, theirs = (dict(found.execute(OBJECTS).fetchall()) for found in (clean, connection))
+    finally:
+        clean.close()
+    odd = [name for name, sql in ours.items() if theirs.get(name) != sql]
+    odd += [
+        name for name, sql in theirs.items() if name not in ours and " ".join(sql.split()).upper().startswith(ACTING)
+    ]
+    if odd:
+        what = f"{odd[0]} is not what a store has under that name" if odd[0] in theirs else f"{odd[0]} is missing"
+        raise UserError(f"{path}: {what}; it was made or changed by another program, and is not opened")
 
 
 def _back_up(connection: sqlite3.Connection, path: Path, version: int) -> Path:
