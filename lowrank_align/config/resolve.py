@@ -69,7 +69,9 @@ def to_yaml(settings: TrainSettings) -> str:
 def _flags(values: Mapping[str, Any], names: Set[str]) -> str:
     """As they are given on the command line, where they are code or addresses."""
     found = {key: values[key] if isinstance(values[key], list) else [values[key]] for key in names & values.keys()}
-    outside = {key: texts for key, texts in found.items() if any(t and (is_function(t) or is_address(t)) for t in texts)}
+    outside = {
+        key: texts for key, texts in found.items() if any(t and (is_function(t) or is_address(t)) for t in texts)
+    }
     return "".join(f" --{key.replace('_', '-')} {shlex.join(texts)}" for key, texts in sorted(outside.items()))
 
 

@@ -686,7 +686,11 @@ def _(w: World) -> Sequence[object]:
     return ["eval", "--model", w.model, "--prompts", "rows.jsonl", "--config", "c.yaml"]
 
 
-@attack("--config: a server to draw rollouts, and a key to send it", 2, "rollout_server: http://127.0.0.1:9/v1 is an address")
+@attack(
+    "--config: a server to draw rollouts, and a key to send it",
+    2,
+    "rollout_server: http://127.0.0.1:9/v1 is an address",
+)
 def _(w: World) -> Sequence[object]:
     (w.here / "c.yaml").write_text("rollout_server: http://127.0.0.1:9/v1\nrollout_server_key_env: HF_TOKEN\n")
     return ["ppo", "--model", w.model, "--prompts", "rows.jsonl", "--reward", w.runs / "reward", "--out", "new",
