@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0, le=3.4e38, allow_inf_nan=False)]  # what 32 bits hold
+Rate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]  # well within 32 bits
 Coefficient = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
