@@ -113,15 +113,16 @@ def data(page: Any) -> None:
 
 
 def chat(page: Any) -> None:
-    """A question, whose answer follows, under a system prompt."""
+    """Each as a question that is answered, some as the system prompt of another."""
     show(page, "chat")
-    fill(page, "chat-system", "\n".join(MARKUPS))
-    for text in (*MARKUPS, "\n\n".join(MARKUPS)):
-        page.locator("#chat-input textarea").fill(text)
-        page.keyboard.press("Enter")
-        wait_for_text(page, "chat-standing", "a second")
-        page.click("#chat-clear")
-        page.wait_for_timeout(100)
+    for text in MARKUPS:
+        for system, question in (("", text), (text, "How was it?"))[: 2 if text in MARKUPS[:3] else 1]:
+            fill(page, "chat-system", system)
+            page.locator("#chat-input textarea").fill(question)
+            page.keyboard.press("Enter")
+            wait_for_text(page, "chat-standing", "a second")
+            page.click("#chat-clear")
+            page.wait_for_timeout(50)
 
 
 def names(page: Any) -> None:
@@ -139,9 +140,14 @@ def train_and_arena(page: Any) -> None:
     page.wait_for_selector("[role=option]")
     page.keyboard.press("Escape")
     fill(page, "train-name", MARKUPS[0])
-    fill(page, "train-yaml", f"{MARKUPS[0]}: 1")
+    page.click("#train-more > button, #train-more .label-wrap")
+    fill(page, "train-yaml", f"'{MARKUPS[0]}': 1")
     page.click("#train-check")
-    page.wait_for_selector(".toast-body, .toast-wrap")
+    page.wait_for_function(
+        "(part) => [...document.querySelectorAll('#train-plan textarea')].some((field) => field.value.includes(part))"
+        " || [...document.querySelectorAll('.toast-body')].some((said) => said.innerText.includes(part))",
+        arg=MARKUPS[0][:10],
+    )
     show(page, "arena")
 
 
