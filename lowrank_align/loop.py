@@ -114,7 +114,7 @@ class Loop:
         if start == 0:
             self.method.check_start(self.rows)
         self.base.model.train()
-        allocate_moments(self.optimizer.optimizer)
+        self.workers.together(lambda: allocate_moments(self.optimizer.optimizer))
         self._preflight()
         self.progress.start(s.method, self.total_steps, start)
         if self.look_due or start == self.total_steps:  # the latter: killed between its last checkpoint and its end
