@@ -66,12 +66,14 @@ def to_yaml(settings: TrainSettings) -> str:
     )
 
 
+def _is_outside(text: object) -> bool:
+    return isinstance(text, str) and (is_function(text) or is_address(text))
+
+
 def _flags(values: Mapping[str, Any], names: Set[str]) -> str:
     """As they are given on the command line, where they are code or addresses."""
     found = {key: values[key] if isinstance(values[key], list) else [values[key]] for key in names & values.keys()}
-    outside = {
-        key: texts for key, texts in found.items() if any(t and (is_function(t) or is_address(t)) for t in texts)
-    }
+    outside = {key: texts for key, texts in found.items() if any(map(_is_outside, texts))}
     return "".join(f" --{key.replace('_', '-')} {shlex.join(texts)}" for key, texts in sorted(outside.items()))
 
 
@@ -88,7 +90,7 @@ def _refuse_outside(given: Mapping[str, Any], where: Mapping[str, str]) -> None:
     """Code to run and addresses to send rows to are named by the user: a file may come from somebody else."""
     for key in OUTSIDE & given.keys():
         for text in given[key] if isinstance(given[key], list) else [given[key]]:
-            if where[key] and isinstance(text, str) and (is_function(text) or is_address(text)):
+            if where[key] and _is_outside(text):
                 what = "an address" if is_address(text) else "Python code"
                 flag = f"--{key.replace('_', '-')} {text}"
                 raise UserError(f"{where[key]}{key}: {text} is {what}, which no file may name; give {flag} yourself")

@@ -22,6 +22,7 @@ from lowrank_align.data.messages import (
 )
 from lowrank_align.data.shapes import SHAPE_FIELDS, Fields, Shape, Text, convert_line, recognise
 from lowrank_align.errors import UserError
+from lowrank_align.terminal import visible
 
 __all__ = ["SHAPE_FIELDS", "Message", "Row", "Shape", "Text", "parse_row"]
 
@@ -74,7 +75,7 @@ def parse_row(
             raise FieldError("row", f"{kind_of(raw)}, must be an object with fields")
         row = _parse_columns(to_columns(raw), frozenset(expect), segments, source)
     except FieldError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(visible(f"{where}: {error}", keep="")) from None  # one line, whatever its fields are called
     return replace(row, where=where, index=index, finished=raw.get("finished") is not False)
 
 

@@ -142,7 +142,7 @@ def _plain_content(field: str, content: Any, message: dict[str, Any]) -> str:
 
 def _from_sharegpt(field: str, message: dict[str, Any]) -> Message:
     speaker, value = message["from"], message.get("value")
-    if speaker not in SHAREGPT_ROLES:
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         hint = nearest(speaker, SHAREGPT_ROLES) if isinstance(speaker, str) else ""
         raise FieldError(f"{field}.from", f"unknown role {speaker!r}{hint} (known: {', '.join(SHAREGPT_ROLES)})")
     if value is None:

@@ -469,6 +469,12 @@ BAD: dict[str, tuple[str, bytes, str]] = {
         "rows.jsonl:1: conversations[0].from: unknown role 'humann' (did you mean human?) (known: system, human, user, "
         "gpt, chatgpt, assistant, bot, model, function_call, tool, observation)",
     ),
+    "ShareGPT of a list": (
+        "sft",
+        lines({"conversations": [{"from": ["human"], "value": "a"}, {"from": "gpt", "value": "b"}]}),
+        "rows.jsonl:1: conversations[0].from: unknown role ['human'] (known: system, human, user, gpt, chatgpt, "
+        "assistant, bot, model, function_call, tool, observation)",
+    ),
     "a function call that is none": (
         "sft",
         lines({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{x"}]}),
@@ -831,16 +837,18 @@ def mutated(draw: st.DrawFn, value: Any) -> Any:
         cut = draw(st.integers(0, len(value)))
         return value[:cut] + draw(ODD_TEXTS) + value[cut:]
     if draw(st.integers(0, 19)) == 0:
-        deep: Any = value
-        for _ in range(draw(st.sampled_from([3, 60, 400, 900]))):
-            deep = draw(st.sampled_from([[deep], {"content": deep}])) if _ == 0 else [deep]
-        return deep
+        return f"@deep {draw(st.sampled_from([3, 60, 400, 900, 3000]))} {draw(st.sampled_from(['list', 'content']))}"
     return draw(ODD_VALUES)
 
 
 def as_bytes(row: Any) -> bytes:
-    """As JSON, with what only JSON can hold: half surrogate pairs stay escapes."""
-    return json.dumps(row).encode() + b"\n"
+    """As JSON, with what only JSON can hold: half surrogate pairs stay escapes, and nesting is written out here."""
+
+    def deep(match: re.Match[str]) -> str:
+        opening, closing = ("[", "]") if match[2] == "list" else ('{"content":', "}")
+        return opening * int(match[1]) + "1" + closing * int(match[1])
+
+    return re.sub(r'"@deep (\d+) (\w+)"(?!:)', deep, json.dumps(row)).encode() + b"\n"
 
 
 @pytest.fixture(scope="module")
