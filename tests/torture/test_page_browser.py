@@ -1,6 +1,7 @@
 """Markup and other pages against a running studio, in a real browser, by one page load."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests.browser.running import Running, begin_studio, chromium
 from tests.torture.page import MARKUPS
 
 Tally = Callable[..., None]
+SHOWN = MARKUPS if os.environ.get("LOWRANK_TORTURE") else MARKUPS[::4]  # typed one by one; the store's list has all
 SECTION = "The page"
 FAULT, PROMISE = "markup in a real browser: in {}", "nothing runs, nothing is asked of another host"
 ATTACKER = "http://127.0.0.1:9/attack"  # a page of another program of this machine; the browser is given it below
@@ -86,7 +88,7 @@ class Seen:
 
 def collect(page: Any) -> None:
     """Its prompt on the desk, a reason, a tag, a vote, and the last ten decisions."""
-    for text in MARKUPS:
+    for text in SHOWN:
         page.locator("#collect-prompt textarea").fill(text)
         page.locator("#collect-prompt textarea").press("Enter")
         wait_for_pair(page)
@@ -115,8 +117,8 @@ def data(page: Any) -> None:
 def chat(page: Any) -> None:
     """Each as a question that is answered, some as the system prompt of another."""
     show(page, "chat")
-    for text in MARKUPS:
-        for system, question in (("", text), (text, "How was it?"))[: 2 if text in MARKUPS[:3] else 1]:
+    for text in SHOWN:
+        for system, question in (("", text), (text, "How was it?"))[: 2 if text in SHOWN[:3] else 1]:
             fill(page, "chat-system", system)
             page.locator("#chat-input textarea").fill(question)
             page.keyboard.press("Enter")
@@ -127,7 +129,7 @@ def chat(page: Any) -> None:
 
 def names(page: Any) -> None:
     """Who labels."""
-    for text in MARKUPS:
+    for text in SHOWN:
         fill(page, "annotator", text[:60])
         page.wait_for_timeout(50)
     fill(page, "annotator", "me")
@@ -170,8 +172,8 @@ def test_markup_is_text_in_a_browser(studio: Running, browser: Any, tally: Tally
         wrong = [n for n, text in enumerate(MARKUPS) if json.dumps(text)[1:-1] in told or f"evil.example/{n}." in told]
         wrong = wrong or ([0] if found else [])
         note = told[:100] if found else ""
-        held = len(MARKUPS) - len(wrong)
-        tally(SECTION, FAULT.format(place), PROMISE, held=held, of=len(MARKUPS), note=note)
+        held = len(SHOWN) - len(wrong)
+        tally(SECTION, FAULT.format(place), PROMISE, held=held, of=len(SHOWN), note=note)
         harmed |= {place: found} if found else {}
     seen.context.close()
     assert harmed == {}
