@@ -171,7 +171,7 @@ def lines(found: list[dict[str, Any]]) -> list[str]:
 
 
 def draw(found: list[dict[str, Any]]) -> None:
-    """Seconds and memory against each of the five, logarithmic on all axes, so that a line of slope 1 is linear."""
+    """Seconds and memory against each of the five."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -182,8 +182,14 @@ def draw(found: list[dict[str, Any]]) -> None:
         rows = [row for row in found if row["axis"] == name]
         values = [row["value"] for row in rows]
         for plot, key, factor in ((plots[0][column], "seconds", 1), (plots[1][column], "peak_bytes", 1e-6)):
-            plot.loglog(values, [row[key] * factor for row in rows], "o-")
-            plot.grid(alpha=0.3, which="both")
+            plot.plot(values, [row[key] * factor for row in rows], "o-")
+            plot.set_xscale("log", base=2 if name != "rows" else 10)
+            plot.set_xticks(
+                values, [f"{value // 1000} k" if value > 9999 else f"{value}" for value in values], fontsize=8
+            )
+            plot.minorticks_off()
+            plot.set_ylim(bottom=0)
+            plot.grid(alpha=0.3)
         plots[1][column].set_xlabel(label)
         plots[0][column].set_title("seconds to the first step" if name == "rows" else "seconds a step", fontsize=10)
         plots[1][column].set_title("peak memory, MB", fontsize=10)
