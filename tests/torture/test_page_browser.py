@@ -18,6 +18,8 @@ Tally = Callable[..., None]
 SHOWN = MARKUPS if os.environ.get("LOWRANK_TORTURE") else MARKUPS[::4]  # typed one by one; the store's list has all
 SECTION = "The page"
 FAULT, PROMISE = "markup in a real browser: in {}", "nothing runs, nothing is asked of another host"
+ANSWERED = """() => document.querySelector("#chat-standing").innerText.includes("a second")
+    || document.querySelector(".toast-body") !== null"""
 ATTACKER = "http://127.0.0.1:9/attack"  # a page of another program of this machine; the browser is given it below
 # What stands in the page as more than text: numbers of what ran, and of elements that carry it.
 FOUND = """() => {
@@ -122,7 +124,7 @@ def chat(page: Any) -> None:
             fill(page, "chat-system", system)
             page.locator("#chat-input textarea").fill(question)
             page.keyboard.press("Enter")
-            wait_for_text(page, "chat-standing", "a second")
+            page.wait_for_function(ANSWERED)  # or refused, as too long for the model
             page.click("#chat-clear")
             page.wait_for_timeout(50)
 
