@@ -18,8 +18,11 @@ Tally = Callable[..., None]
 SHOWN = MARKUPS if os.environ.get("LOWRANK_TORTURE") else MARKUPS[::4]  # typed one by one; the store's list has all
 SECTION = "The page"
 FAULT, PROMISE = "markup in a real browser: in {}", "nothing runs, nothing is asked of another host"
-ANSWERED = """() => document.querySelector("#chat-standing").innerText.includes("a second")
-    || document.querySelector(".toast-body") !== null"""
+ANSWERED = """() => {
+    const found = document.getElementById("chat-standing"), field = found.querySelector("textarea, input");
+    const said = (field ? field.value : "") + found.innerText;
+    return said.includes("a second") || document.querySelector(".toast-body") !== null;
+}"""
 ATTACKER = "http://127.0.0.1:9/attack"  # a page of another program of this machine; the browser is given it below
 # What stands in the page as more than text: numbers of what ran, and of elements that carry it.
 FOUND = """() => {
