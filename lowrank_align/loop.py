@@ -22,6 +22,7 @@ from transformers import get_scheduler
 
 from lowrank_align import checkpoint
 from lowrank_align.config import TrainSettings
+from lowrank_align.early_stopping import BestSoFar
 from lowrank_align.errors import (
     EnvironmentProblem,
     NoNumbers,
@@ -73,9 +74,7 @@ class Loop:
         self.moved = False  # whether an update of the step that runs may have been made
         self.method_before: dict[str, Any] | None = None  # the method's state before the step that runs
         self.skipped = self.skipped_in_a_row = 0
-        self.best: tuple[float, int, dict[str, Tensor]] | None = None  # what is watched, its step, the adapter then
-        self.best_evaluation: dict[str, float] = {}
-        self.evaluations_since_best = 0
+        self.best = BestSoFar(self.settings.early_stopping)
         self.look_due = False  # whether the newest step still waits for its evaluation
         half = self.base.compute_dtype == torch.float16 and self.base.device.type == "cuda"
         self.accelerator = Accelerator(
@@ -142,10 +141,11 @@ class Loop:
                               "the same command with --resume goes on")  # fmt: skip
         for tracker in self.accelerator.trackers:  # not `end_training`, which would end the process group too
             tracker.finish()
-        if self.best is not None and s.early_stopping:
-            self._restore_best()
-            figures["best_step"] = float(self.best[1])
-            latest_evaluation = self.best_evaluation
+        if self.best.value is not None and s.early_stopping:
+            self.best.put_back(self._parameters())
+            self.progress.note(f"kept the adapter of step {self.best.step}, the best on the held-out rows")
+            figures["best_step"] = float(self.best.step)
+            latest_evaluation = self.best.evaluation
         return figures | latest_evaluation
 
     def _preflight(self) -> None:
@@ -343,11 +343,9 @@ class Loop:
 
     def _stops_early(self, step: int) -> bool:
         """Whether held-out rows have got no better often enough; of a resumed run, before it was stopped too."""
-        patience = self.settings.early_stopping
-        if not 0 < patience <= self.evaluations_since_best:
-            return False
-        self.progress.note(f"stopped early at step {step}: no better evaluation {patience} times")
-        return True
+        if self.best.given_up:
+            self.progress.note(f"stopped early at step {step}: no better evaluation {self.best.patience} times")
+        return self.best.given_up
 
     @torch.no_grad()
     def _evaluate(self, step: int) -> dict[str, float]:
@@ -357,21 +355,15 @@ class Loop:
             found = self.method.evaluate(self.eval_rows, self.retry)
         except NoNumbers as problem:
             self.progress.note(f"step {step}: {problem}: not evaluated")
-            self.evaluations_since_best += 1
+            self.best.since += 1
             return {}
         finally:
             self.method.backward = self.accelerator.backward
             self.base.model.train()
         name, pick = self.method.monitor
-        value = found[name] if pick is min else -found[name]
-        if math.isfinite(value) and (self.best is None or value < self.best[0]):
-            keep = self._parameters() if self.settings.early_stopping else {}
-            kept = {key: parameter.detach().clone() for key, parameter in keep.items()}
-            self.best, self.evaluations_since_best = (value, step, kept), 0
-            self.best_evaluation = {f"eval_{key}": figure for key, figure in found.items()}
-        else:
-            self.evaluations_since_best += 1
-        return {f"eval_{key}": value for key, value in found.items()}
+        evaluated = {f"eval_{key}": value for key, value in found.items()}
+        self.best.see(found[name] if pick is min else -found[name], step, evaluated, self._parameters())
+        return evaluated
 
     def _log(self, step: int, figures: dict[str, float]) -> None:
         self.run_folder.log_metrics(step, figures)
@@ -413,15 +405,15 @@ class Loop:
             "step": step,
             "sizes": self.sizes,
             "skipped": [self.skipped, self.skipped_in_a_row],
-            "best": None if self.best is None else [self.best[0], self.best[1], self.evaluations_since_best],
-            "best_evaluation": self.best_evaluation,
+            "best": None if self.best.value is None else [self.best.value, self.best.step, self.best.since],
+            "best_evaluation": self.best.evaluation,
             "look_due": self.look_due,
             "method": self.method.state() if self.method_before is None else self.method_before,
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
         state = checkpoint.State({key: p.detach() for key, p in self._parameters().items()}, values)
-        state.tensors |= {f"best/{key}": tensor for key, tensor in (self.best[2] if self.best else {}).items()}
+        state.tensors |= {f"best/{key}": tensor for key, tensor in self.best.weights.items()}
         state.update(checkpoint.flatten("optimizer", self.optimizer.state_dict()))
         checkpoint.save(self.run_folder.checkpoints, step, state, self.settings.keep_checkpoints)
 
@@ -454,21 +446,15 @@ class Loop:
         self.skipped, self.skipped_in_a_row = values["skipped"]
         kept = {k.removeprefix("best/"): t for k, t in state.tensors.items() if k.startswith("best/")}
         if values["best"] is not None and (kept or not self.settings.early_stopping):  # else it is turned on only now
-            value, step, self.evaluations_since_best = values["best"]
-            self.best = (value, step, {k: t.to(self.base.device) for k, t in kept.items()})
-            self.best_evaluation = values["best_evaluation"]
+            weights = {key: tensor.to(self.base.device) for key, tensor in kept.items()}
+            value, step, since = values["best"]
+            self.best = BestSoFar(self.best.patience, value, step, values["best_evaluation"], weights, since)
         self.look_due = values.get("look_due", False)
         self.method.load_state(values["method"])
         self.steps_done = int(values["step"])
         self.run_folder.truncate_metrics(values["step"])
         self.progress.note(f"resumed from {path.name} of {self.total_steps} steps")
         return int(values["step"])
-
-    def _restore_best(self) -> None:
-        assert self.best is not None
-        for key, parameter in self._parameters().items():
-            parameter.data.copy_(self.best[2][key])
-        self.progress.note(f"kept the adapter of step {self.best[1]}, the best on the held-out rows")
 
 
 def _logged(metrics: Path) -> dict[str, float]:

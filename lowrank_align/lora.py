@@ -67,7 +67,8 @@ def dense_weight(base: Any) -> Tensor:
 def dense_copies(layers: Iterable[LoraLayer]) -> Iterator[None]:
     """Unpack NF4 layers on a CPU once for all that happens inside, where they are small enough.
 
-    An answer's every token takes all weights, and unpacking them costs ten times the product with a few rows.
+    Every token of an answer takes all weights: unpacked each time, an answer alone takes nearly twice as long
+    (docs/log.md).
     """
     packed = [base for layer in layers if type(base := layer.get_base_layer()).__name__ == "Linear4bit"]
     on_cpu = all(base.weight.device.type == "cpu" for base in packed)

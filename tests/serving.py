@@ -1,6 +1,7 @@
 """A small server that speaks vLLM's protocol and really samples, from a base of its own and the given adapters."""
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,10 +14,23 @@ import torch
 from lowrank_align.base import Base
 from lowrank_align.errors import UserError
 from lowrank_align.rollout import sample
+from lowrank_align.rollout_server import client
 from lowrank_align.trees import Completion, TreeRow
 
 Reply = tuple[int, Any]  # status, and what becomes JSON or is text already
 Trouble = Callable[["Handler", Reply], None]  # does what goes wrong, instead of sending the reply
+
+
+def ready(server: "SmallServer", folder: Path, monkeypatch: Any, reward: str, body: str, attempts: int) -> None:
+    """As just started, asked so often without a pause; the current folder is `folder`, with the function `reward`."""
+    module, name = reward.split(":")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(client, "PAUSES_SECONDS", (0.0,) * (attempts - 1))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop(module, None)
+    (folder / f"{module}.py").write_text(f"def {name}(prompts, completions):\n    return {body}\n")
+    server.reset()
 
 
 class SmallServer:

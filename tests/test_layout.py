@@ -64,7 +64,7 @@ LAYERS: dict[str, list[str]] = {
         "export",
     ],
     "methods": ["methods"],
-    "training": ["preflight", "optimizer", "loop", "checks", "train"],
+    "training": ["preflight", "optimizer", "early_stopping", "loop", "checks", "train"],
     "evaluation": ["evaluate"],
     "behind the page": ["studio", "rounds"],
     "programs": ["commands", "cli", "apps", "__main__"],

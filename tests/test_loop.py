@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from lowrank_align.errors import EnvironmentProblem, NumericError, Stopped, UserError
 from lowrank_align.methods.method import Method
 from lowrank_align.methods.sft import SFT
-from lowrank_align.progress import Progress
 from lowrank_align.stopping import StopSignals
+from tests.notes import Notes
 
 Run = Callable[..., Path]
 ROWS = [{"prompt": f"{i}> ", "completion": f"a word {'or two ' * (i % 3)}"} for i in range(10)]
@@ -48,22 +48,6 @@ def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-class Notes(Progress):
-    """Keeps the notes; a stop can be asked for at a step."""
-
-    def __init__(self, stop: StopSignals | None = None, at: int = 0) -> None:
-        super().__init__(quiet=True)
-        self.notes: list[str] = []
-        self.stop, self.at = stop, at
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def step(self, step: int, figures: Any) -> None:
-        if self.stop is not None and step == self.at:
-            self.stop.asked = True
 
 
 # ---- which rows, in which order

@@ -2,7 +2,6 @@
 replies, what is told when they are wrong. Never against vLLM itself."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from lowrank_align.config import METHODS, resolve
 from lowrank_align.errors import EnvironmentProblem, Stopped, UserError
 from lowrank_align.progress import Progress
 from lowrank_align.rollout import Rollout, sample
-from lowrank_align.rollout_server import RolloutServer, client
+from lowrank_align.rollout_server import RolloutServer
 from lowrank_align.stopping import StopSignals
-from tests.serving import SmallServer, Trouble, cut, silence, status
+from tests.serving import SmallServer, Trouble, cut, ready, silence, status
 
 PROMPTS = [{"prompt": prompt} for prompt in ("Say a: ", "Write of the sea, please: ", "b ", "And then? ")]
-SMALL = {"max_new_tokens": 8, "batch_size": 4, "reward": "served_reward:es"}
+SMALL: dict[str, Any] = {"max_new_tokens": 8, "batch_size": 4, "reward": "served_reward:es"}
 SECRET = "k" * 24
 
 
@@ -32,14 +31,8 @@ def started(tiny_llama: Path) -> Iterator[SmallServer]:
 
 @pytest.fixture
 def server(started: SmallServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SmallServer:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(client, "PAUSES_SECONDS", (0.0, 0.0))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    sys.modules.pop("served_reward", None)
     body = "[10 * c.count('e') / (len(c) + 1) for c in completions]"
-    (tmp_path / "served_reward.py").write_text(f"def es(prompts, completions):\n    return {body}\n")
-    started.reset()
+    ready(started, tmp_path, monkeypatch, SMALL["reward"], body, attempts=3)
     return started
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from heapq import nlargest
 from pathlib import Path
-from typing import overload
+from typing import BinaryIO, overload
 
 from lowrank_align.data.bad_rows import BadRows
 from lowrank_align.data.chat import Rendered
@@ -39,11 +39,8 @@ class LargeFile(Sequence[Row]):
     def __init__(self, path: Path, parse: Parse, places: array, lengths: array, numbers: array) -> None:  # type: ignore[type-arg]
         self.path, self.parse = path, parse
         self.places, self.lengths, self.numbers = places, lengths, numbers  # byte, bytes, 1-based line
-        self._file = os.open(path, os.O_RDONLY)
-        self._seen = os.fstat(self._file)
-
-    def __del__(self) -> None:
-        os.close(self._file)
+        self._file = path.open("rb")
+        self._seen = _state(self._file)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -55,26 +52,26 @@ class LargeFile(Sequence[Row]):
     def __getitem__(self, place: int | slice) -> Row | list[Row]:
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
-        now = os.fstat(self._file)
-        if (now.st_mtime_ns, now.st_size) != (self._seen.st_mtime_ns, self._seen.st_size):
+        if _state(self._file) != self._seen:
             raise EnvironmentProblem(f"{self.path}: was changed while it is trained on; put it back, then --resume")
         number = self.numbers[place]
-        line = os.pread(self._file, self.lengths[place], self.places[place])
+        self._file.seek(self.places[place])
+        line = self._file.read(self.lengths[place])
         return self.parse(row_of_line(f"{self.path.name}:{number}", line), number - 1)
 
     def split(self, held_out: Iterable[int]) -> tuple["LargeFile", list[Row]]:
         """The rows without those places, and those."""
-        out = sorted(held_out)
-        columns = [array(column.typecode, column) for column in (self.places, self.lengths, self.numbers)]
-        for column in columns:
-            for place in reversed(out):
-                del column[place]
-        return LargeFile(self.path, self.parse, *columns), [self[place] for place in out]
+        out = set(held_out)
+        columns = [
+            array(column.typecode, (value for place, value in enumerate(column) if place not in out))
+            for column in (self.places, self.lengths, self.numbers)
+        ]
+        return LargeFile(self.path, self.parse, *columns), [self[place] for place in sorted(out)]
 
 
 def check_file(path: Path, parse: Parse, bad: BadRows) -> tuple[LargeFile, Counter[str], str]:
     """Every row parsed once and let go: the good ones, how many were read as which format, the SHA-256 of the bytes."""
-    places, lengths, numbers = array("Q"), array("L"), array("L")
+    places, lengths, numbers = array("Q"), array("I"), array("I")
     read_as: Counter[str] = Counter()
     digest, at = hashlib.sha256(), 0
     with path.open("rb") as file:
@@ -95,6 +92,12 @@ def check_file(path: Path, parse: Parse, bad: BadRows) -> tuple[LargeFile, Count
             lengths.append(len(line.rstrip(b"\n")))
             numbers.append(number)
     return LargeFile(path, parse, places, lengths, numbers), read_as, digest.hexdigest()
+
+
+def _state(file: BinaryIO) -> tuple[int, int]:
+    """By which a change shows: when it was written last, and its size."""
+    found = os.fstat(file.fileno())
+    return found.st_mtime_ns, found.st_size
 
 
 class LargeTrees(Sequence[TreeRow]):

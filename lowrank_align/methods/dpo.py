@@ -47,13 +47,14 @@ class DPO(Method[DPOSettings, TreeRow]):
     def __init__(self, base: Base, settings: DPOSettings, renderer: Renderer) -> None:
         super().__init__(base, settings, renderer)
         self.displacement = LikelihoodWatch()
+        self.reference_cache: ReferenceCache | None = None
 
     def add_roles(self) -> None:
         self.policy_from_settings()
-        self.known: ReferenceCache | None = None
         if self.settings.needs_reference:
             self.base.add_role("reference", frozen_copy_of="policy")
-            self.known = ReferenceCache(self.base, "reference") if self.settings.cache_reference else None
+            if self.settings.cache_reference:
+                self.reference_cache = ReferenceCache(self.base, "reference")
 
     # ---- step
 
@@ -83,8 +84,8 @@ class DPO(Method[DPOSettings, TreeRow]):
         """(N, C) of all completions; None where no loss asks for it."""
         if not self.settings.needs_reference:
             return None
-        if self.known is not None:
-            return self.known.token_logps(items)
+        if self.reference_cache is not None:
+            return self.reference_cache.token_logps(items)
         with self.base.role("reference"):
             return self.base.token_logps(batch)
 
@@ -160,6 +161,6 @@ class DPO(Method[DPOSettings, TreeRow]):
             assert_policy_is_reference(self.base, rows)
 
     def finish(self, rows: Sequence[TreeRow], retry: Retry) -> dict[str, float]:
-        if self.known is not None:
-            self.known.save()
+        if self.reference_cache is not None:
+            self.reference_cache.save()
         return {}

@@ -51,6 +51,21 @@ def tally(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
         (Path(RESULTS) / f"{kept}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Of a store that is not there yet."""
+    return tmp_path / "votes.db"
+
+
+@pytest.fixture
+def children() -> Iterator[Any]:
+    """`clients.Children`, ended with the test."""
+    from tests.torture.clients import Children
+
+    with Children() as begun:
+        yield begun
+
+
 @pytest.fixture(scope="session")
 def forge(tiny_llama: Path, cache: Path) -> Iterator[Any]:
     """The process that runs are forked from: `forge.Forge`."""

@@ -11,8 +11,8 @@ import pytest
 
 from lowrank_align.alarms import WINDOW, Alarm, HackingWatch, KLWatch, LikelihoodWatch
 from lowrank_align.errors import Stopped
-from lowrank_align.progress import Progress
 from lowrank_align.stopping import StopSignals
+from tests.notes import Notes
 
 SECTION = "Numbers"
 BAD, HEALTHY = "of made-up runs that go wrong", "of made-up healthy runs"
@@ -250,22 +250,6 @@ STEADY = {"lr_schedule": "constant", "warmup_ratio": 0.0, "rank": 4}
 SAMPLED = {"reward": "builtins:letters", "max_new_tokens": 20, "missing_eos_penalty": 0.0}
 
 Run = Callable[..., Path]
-
-
-class Notes(Progress):
-    """Keeps the notes; asks for a stop at a step."""
-
-    def __init__(self, stop: StopSignals | None = None, at: int = 0) -> None:
-        super().__init__(quiet=True)
-        self.notes: list[str] = []
-        self.stop, self.at = stop, at
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def step(self, step: int, figures: Any) -> None:
-        if self.stop is not None and step == self.at:
-            self.stop.asked = True
 
 
 def figure(folder: Path, name: str) -> list[float]:

@@ -18,7 +18,7 @@ from lowrank_align.errors import EnvironmentProblem, UserError, is_out_of_memory
 from lowrank_align.loop import Loop
 from lowrank_align.methods import method_class
 from lowrank_align.optimizer import allocate_moments
-from lowrank_align.progress import Progress
+from tests.notes import Notes
 
 SECTION = "Out of memory"
 LONG = "LOWRANK_TORTURE" in os.environ  # else a few of the cases
@@ -78,21 +78,6 @@ KNOBS = {"batch_size": 8, "micro_batch_size": 4, "max_steps": 3, "rank": 2, "lea
 KNOBS |= {"lr_schedule": "constant", "warmup_ratio": 0.0, "keep_checkpoints": 9}
 
 Run = Callable[..., Path]
-
-
-class Notes(Progress):
-    """Keeps the notes."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    @property
-    def ladder(self) -> list[str]:
-        return [note for note in self.notes if note.startswith("out of memory: ")]
 
 
 class Fault:

@@ -19,8 +19,8 @@ from lowrank_align.errors import NumericError, UserError
 from lowrank_align.loop import Loop
 from lowrank_align.methods import method_class
 from lowrank_align.methods.sft import SFT
-from lowrank_align.progress import Progress
 from lowrank_align.rewards import Rewards
+from tests.notes import Notes
 
 SECTION = "Numbers"
 LONG = "LOWRANK_TORTURE" in os.environ  # else a few of the cases
@@ -61,17 +61,6 @@ Run = Callable[..., Path]
 
 def letters(prompts: list[str], completions: list[str]) -> list[float]:
     return [float(len(set(text))) + len(text) / 10 for text in completions]
-
-
-class Notes(Progress):
-    """Keeps the notes."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 class Poison:

@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,13 @@ from typing import Any
 import pytest
 
 from lowrank_align.errors import EnvironmentProblem, UserError
-from lowrank_align.rollout_server import client
-from tests.serving import LASTING, PASSING, SmallServer, Trouble
+from tests.serving import LASTING, PASSING, SmallServer, Trouble, ready
 
 SECTION = "Past one GPU"
 PROMPTS = [{"prompt": prompt} for prompt in ("Say a: ", "Write of the sea, please: ", "b ", "And then? ")]
 STEPS, REQUESTS = 3, 3 * 2  # of a run: two prompts a step
-KNOBS = {"max_steps": STEPS, "batch_size": 2, "group_size": 2, "max_new_tokens": 6, "reward": "served_score:vowels"}
-KNOBS |= {"learning_rate": 1e-2}
+KNOBS: dict[str, Any] = {"max_steps": STEPS, "batch_size": 2, "group_size": 2, "max_new_tokens": 6}
+KNOBS |= {"reward": "served_score:vowels", "learning_rate": 1e-2}
 ATTEMPTS = 3
 
 
@@ -30,14 +28,8 @@ def started(tiny_llama: Path) -> Iterator[SmallServer]:
 
 @pytest.fixture
 def server(started: SmallServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SmallServer:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(client, "PAUSES_SECONDS", (0.0,) * (ATTEMPTS - 1))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    sys.modules.pop("served_score", None)
     body = "[sum(c in 'aeiou' for c in text) for text in completions]"
-    (tmp_path / "served_score.py").write_text(f"def vowels(prompts, completions):\n    return {body}\n")
-    started.reset()
+    ready(started, tmp_path, monkeypatch, KNOBS["reward"], body, ATTEMPTS)
     return started
 
 

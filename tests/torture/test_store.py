@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -26,17 +26,6 @@ Tally = Callable[..., None]
 SECTION = "Store"
 ONCE = "every vote is there once"
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has neither fork nor SIGKILL")
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "votes.db"
-
-
-@pytest.fixture
-def children() -> Iterator[Children]:
-    with Children() as begun:
-        yield begun
 
 
 @needs_fork

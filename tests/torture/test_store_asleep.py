@@ -5,7 +5,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,6 @@ SECTION = "Store"
 STOPPED_SECONDS, IMPATIENT_SECONDS, PATIENT_SECONDS = 0.25, 0.05, 30.0
 BUSY = "another program has been writing"
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has neither fork nor SIGSTOP")
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "votes.db"
-
-
-@pytest.fixture
-def children() -> Iterator[Children]:
-    with Children() as begun:
-        yield begun
 
 
 @needs_fork

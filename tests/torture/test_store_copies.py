@@ -40,17 +40,6 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has nei
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "votes.db"
-
-
-@pytest.fixture
-def children() -> Iterator[Children]:
-    with Children() as begun:
-        yield begun
-
-
-@pytest.fixture
 def version(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """`version(2)`: from now on this program knows the schema up to 2."""
     return lambda newest: monkeypatch.setattr(schema, "MIGRATIONS", ALL[:newest])
