@@ -95,12 +95,12 @@ def _model(folder: Path, texts: list[str]) -> Any:
 def _start(folder: Path, counts: dict[str, int]) -> None:
     """The adapter and the head that our runs begin with, and the order in which they take the rows, for the peers."""
     from lowrank_align.base import Base
-    from lowrank_align.loop import _order
+    from lowrank_align.row_order import shuffled
 
     base = Base.load(str(folder / "model"), quantize="none", device="cpu")
     base.add_role("policy", rank=RANK, head=True, seed=0)
     base.save_role("policy", folder / "start", as_reward=True)
-    orders = {name: _order(0, 0, count).tolist() for name, count in counts.items()}
+    orders = {name: shuffled(0, 0, count).tolist() for name, count in counts.items()}
     (folder / "order.json").write_text(json.dumps(orders))
 
 

@@ -1,4 +1,4 @@
-"""Attention over tree rows without the blocks that a mask would throw away.
+"""Attention over tree rows: under a mask, or without the blocks that a mask would throw away.
 
 A dense mask over T = P + C1 + ... + CK tokens computes T^2 scores, where P^2 + sum(Ck (P + Ck)) are enough. On a CPU
 SDPA takes no mask with holes, so the prompt is attended for by itself, and each completion behind it with a mask of its
@@ -12,10 +12,53 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-from lowrank_align.trees import TreeBatch
+from lowrank_align.trees import TreeBatch, attention_mask
 
 attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class TreeAttention:
+    """Who sees whom in a batch, as one model takes it."""
+
+    def __init__(self, config: Any, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.window: int | None = getattr(config, "sliding_window", None)
+        self.masks_by_kind = bool(getattr(config, "layer_types", None))  # a dict of masks, by the kind of a layer
+        # Piece by piece instead of under a mask; the probe takes it back where a family does not pass it on.
+        self.in_pieces = device.type == "cpu" and config._attn_implementation == "sdpa"
+
+    def inputs(self, batch: TreeBatch) -> dict[str, Any]:
+        """What the backbone is given beside the ids (R, T)."""
+        if self.takes_pieces(batch):
+            pieces = pieces_of(batch, self.dtype)
+            return {"attention_mask": self._no_mask(), "position_ids": batch.position_ids, "tree_pieces": pieces}
+        if batch.layout == "tree" or batch.hidden is not None:
+            return {"attention_mask": self._mask(batch), "position_ids": batch.position_ids}
+        return {"attention_mask": (batch.segment_ids >= 0).long()}
+
+    def takes_pieces(self, batch: TreeBatch) -> bool:
+        """Whether no mask is needed: no window is shorter than the rows, and no token is hidden from later ones."""
+        short = self.window is None or int(batch.position_ids.max()) < self.window
+        return self.in_pieces and batch.layout == "tree" and batch.hidden is None and short
+
+    def _no_mask(self) -> Tensor | dict[str, Tensor]:
+        """A mask that hides nothing: with it a model makes none of its own."""
+        nothing = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=self.device)
+        return dict.fromkeys(("full_attention", "sliding_attention"), nothing) if self.masks_by_kind else nothing
+
+    def _mask(self, batch: TreeBatch) -> Tensor | dict[str, Tensor]:
+        if not self.masks_by_kind:
+            return self._added(attention_mask(batch, self.window))
+        masks = {"full_attention": self._added(attention_mask(batch))}
+        if self.window is not None:
+            masks["sliding_attention"] = self._added(attention_mask(batch, self.window))
+        return masks
+
+    def _added(self, mask: Tensor) -> Tensor:
+        """As what is added to attention's scores; made of a bool mask, SDPA would keep such a copy for every layer."""
+        blocked = torch.finfo(self.dtype).min
+        return torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill(~mask, blocked)
 
 
 class Pieces(NamedTuple):
@@ -58,9 +101,7 @@ class _InPieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: list[Pieces], scale: float | None) -> Tensor:
         rows_, heads, tokens, width = query.shape
-        found = value.new_zeros(
-            rows_, tokens, heads, value.shape[-1]
-        )  # as the next layer takes it; padding is nobody's
+        found = value.new_zeros(rows_, tokens, heads, value.shape[-1])  # as the next layer takes it
         normalisers = []
         for r, row in enumerate(rows):
             for start, end, mask in _spans(row):

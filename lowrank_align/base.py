@@ -11,7 +11,6 @@ a role is nothing but which adapter is active:
 """
 
 import copy
-import gc
 import logging
 import warnings
 from collections.abc import Iterator
@@ -25,15 +24,15 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_align import adapters, lora
-from lowrank_align.attention import pieces_of
+from lowrank_align import adapters, lora, memory
+from lowrank_align.attention import TreeAttention
 from lowrank_align.config import ModelSettings
 from lowrank_align.errors import UserError, nearest
 from lowrank_align.loading import Attention, Loaded, Quantize, context_tokens, load_frozen
 from lowrank_align.probe import choose_layout, choose_logits
 from lowrank_align.roles import BARE, BackwardInsideRole, Role, Visit
 from lowrank_align.scoring import LogitsHead, TokenScores, scalar_scores, scalar_values, token_logps, token_scores
-from lowrank_align.trees import Layout, TreeBatch, TreeRow, attention_mask, collate
+from lowrank_align.trees import Layout, TreeBatch, TreeRow, collate
 from lowrank_align.trunk import Trunk, top_layers
 from lowrank_align.turns import Turns
 
@@ -59,10 +58,8 @@ class Base:
         self._stack: list[Visit] = [Visit(self.roles[BARE])]
         self._backbone: Any = self.model.get_decoder()
         self._backbone.register_forward_hook(self._guard_output)
-        self._dict_masks = bool(getattr(self.config, "layer_types", None))
         self.trunk = Trunk(self._backbone, self.config.num_hidden_layers)
-        # Attention piece by piece instead of under a mask; the probe takes it back where a family does not pass it on.
-        self.in_pieces = self.device.type == "cpu" and self.config._attn_implementation == "sdpa"
+        self.attention = TreeAttention(self.config, self.compute_dtype, self.device)
         self.linear_names = _linear_names(self._backbone)
         self.logits_head = LogitsHead(self.model)
         self.layout: Layout = choose_layout(self)
@@ -206,17 +203,7 @@ class Base:
 
     def hidden_states(self, batch: TreeBatch) -> Tensor:
         """(R, T, H) the last hidden states under the active role."""
-        inputs: dict[str, Any]
-        if self._takes_pieces(batch):
-            inputs = {
-                "attention_mask": self._no_mask(),
-                "position_ids": batch.position_ids,
-                "tree_pieces": pieces_of(batch, self.compute_dtype),
-            }
-        elif batch.layout == "tree" or batch.hidden is not None:
-            inputs = {"attention_mask": self._tree_mask(batch), "position_ids": batch.position_ids}
-        else:
-            inputs = {"attention_mask": (batch.segment_ids >= 0).long()}
+        inputs = self.attention.inputs(batch)
 
         def forward() -> Tensor:
             with self.autocast():
@@ -260,19 +247,12 @@ class Base:
 
     def frozen_bytes(self) -> int:
         """Bytes of the base's own weights, with what quantisation keeps beside them."""
-        int8 = [m.state for m in self.model.modules() if hasattr(m, "state") and hasattr(m.state, "SCB")]
-        tensors = [t for p in self._frozen for t in (p.data, *_quantisation_tensors(p))]
-        tensors += [t for state in int8 for t in (state.CB, state.SCB) if isinstance(t, Tensor)]
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        return memory.bytes_of(self.model, self._frozen)
 
     def copies_in_memory(self) -> int:
         """How many tensors of this process hold the content of the base's largest layer: 1 where all roles share it."""
-        gc.collect()  # a base that nobody has any more is no copy
         embeddings = {id(self.model.get_input_embeddings().weight), id(self.model.get_output_embeddings().weight)}
-        sample = max((p for p in self._frozen if id(p) not in embeddings), key=Tensor.numel)
-        tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
-        same = [t.detach() for t in tensors if t.shape == sample.shape and t.dtype == sample.dtype]
-        return len({t.data_ptr() for t in same if t.device == sample.device and torch.equal(t, sample.detach())})
+        return memory.copies_of(max((p for p in self._frozen if id(p) not in embeddings), key=Tensor.numel))
 
     @property
     def context_tokens(self) -> int:
@@ -401,30 +381,6 @@ class Base:
             raise UserError(f"--lora-layers {count}: {self.name} has {there} layers")
         return None if count is None else top_layers(count, there)
 
-    def _takes_pieces(self, batch: TreeBatch) -> bool:
-        window = getattr(self.config, "sliding_window", None)
-        short = window is None or int(batch.position_ids.max()) < window
-        return self.in_pieces and batch.layout == "tree" and batch.hidden is None and short
-
-    def _no_mask(self) -> Tensor | dict[str, Tensor]:
-        """A mask that hides nothing: with it a model makes none of its own."""
-        nothing = torch.zeros(1, 1, 1, 1, dtype=self.compute_dtype, device=self.device)
-        return dict.fromkeys(("full_attention", "sliding_attention"), nothing) if self._dict_masks else nothing
-
-    def _tree_mask(self, batch: TreeBatch) -> Tensor | dict[str, Tensor]:
-        window = getattr(self.config, "sliding_window", None)
-        if not self._dict_masks:
-            return self._as_model_takes(attention_mask(batch, window))
-        masks = {"full_attention": self._as_model_takes(attention_mask(batch))}
-        if window is not None:
-            masks["sliding_attention"] = self._as_model_takes(attention_mask(batch, window))
-        return masks
-
-    def _as_model_takes(self, mask: Tensor) -> Tensor:
-        """As what is added to attention's scores; made of a bool mask, SDPA would keep such a copy for every layer."""
-        blocked = torch.finfo(self.compute_dtype).min
-        return torch.zeros(mask.shape, dtype=self.compute_dtype, device=mask.device).masked_fill(~mask, blocked)
-
     def _guard_output(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         hidden = output.last_hidden_state
         if hidden.requires_grad:
@@ -442,13 +398,3 @@ def _linear_names(backbone: Any) -> list[str]:
 
 def _is_untouched(role: Role) -> bool:
     return not any(p.any() for key, p in role.parameters.items() if key.endswith("lora_B.weight"))
-
-
-def _quantisation_tensors(parameter: Tensor) -> list[Tensor]:
-    """The scales that bitsandbytes keeps beside a packed weight (nested ones too)."""
-    found = [t for name in ("CB", "SCB") if isinstance(t := getattr(parameter, name, None), Tensor)]
-    state = getattr(parameter, "quant_state", None)
-    while state is not None:
-        found += [t for t in (state.absmax, state.code, state.offset) if isinstance(t, Tensor)]
-        state = state.state2
-    return found

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -36,3 +37,15 @@ class BestSoFar:
         """Make the weights what they were at the best step."""
         for name, weight in weights.items():
             weight.data.copy_(self.weights[name])
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it beside the weights."""
+        best = None if self.value is None else [self.value, self.step, self.since]
+        return {"best": best, "best_evaluation": self.evaluation}
+
+    def load_state(self, state: Mapping[str, Any], weights: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint; one without weights is of a run that had no patience, and there is no best yet."""
+        if state["best"] is None or (self.patience and not weights):
+            return
+        self.value, self.step, self.since = state["best"]
+        self.evaluation, self.weights = state["best_evaluation"], weights

@@ -9,9 +9,8 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from lowrank_align import checkpoint
+from lowrank_align.batch_sizes import BatchSizes
 from lowrank_align.config import TrainSettings
 from lowrank_align.early_stopping import BestSoFar
 from lowrank_align.errors import (
-    EnvironmentProblem,
     NoNumbers,
     NumericError,
     Stopped,
@@ -36,18 +35,16 @@ from lowrank_align.errors import (
 from lowrank_align.methods.method import Method, Metrics
 from lowrank_align.optimizer import all_finite, allocate_moments, make_optimizer
 from lowrank_align.progress import Progress
-from lowrank_align.rollout import generator_for, seed_of
+from lowrank_align.rollout import seed_of
+from lowrank_align.row_order import RowOrder
 from lowrank_align.runs import METRICS, RunFolder, read_metrics
+from lowrank_align.skips import IN_A_ROW, IN_A_ROW_OF_FP16, Skips
 from lowrank_align.stopping import StopSignals
 from lowrank_align.trees import TreeRow, longest_rows
 
 log = logging.getLogger(__name__)
 
-SKIPS_IN_A_ROW = 5  # steps without finite numbers, after which the run stops
-SKIPS_OF_FP16 = 25  # the scale of fp16 gradients starts too high and finds its size by such skips
 SAMPLE_ROWS = 3
-WHERE_MEMORY_GOES = {"rollout_batch_size": "lower --max-new-tokens or --max-length"}  # for the others:
-LESS_MEMORY = "lower --max-length or --rank, or use --gradient-checkpointing"
 WHAT_IS_LEFT = (
     "what it changed is thrown away; free memory that other programs hold, then --resume from the last checkpoint"
 )
@@ -69,11 +66,11 @@ class Loop:
         self.settings: TrainSettings = method.settings
         self.run_folder, self.progress, self.stop = run, progress, stop
         self.base, self.workers = method.base, method.workers
-        self.sizes = {"micro_batch_size": self.settings.micro_batch_size}
+        self.sizes = BatchSizes(self.settings, self.base.device, progress.note)
+        self.order = RowOrder(self.settings, len(rows))
         self.steps_done = 0
         self.moved = False  # whether an update of the step that runs may have been made
         self.method_before: dict[str, Any] | None = None  # the method's state before the step that runs
-        self.skipped = self.skipped_in_a_row = 0
         self.best = BestSoFar(self.settings.early_stopping)
         self.look_due = False  # whether the newest step still waits for its evaluation
         half = self.base.compute_dtype == torch.float16 and self.base.device.type == "cuda"
@@ -83,7 +80,7 @@ class Loop:
             log_with=self.settings.report_to or None,
             project_dir=str(run.path),
         )
-        self.skips_allowed = SKIPS_OF_FP16 if half else SKIPS_IN_A_ROW
+        self.skips = Skips(IN_A_ROW_OF_FP16 if half else IN_A_ROW, method.updates_per_step)
         self.optimizer = self.accelerator.prepare(make_optimizer(method))
         updates = self.total_steps * method.updates_per_step
         self.scheduler = get_scheduler(
@@ -101,7 +98,7 @@ class Loop:
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
-        return self.settings.max_steps or math.ceil(self._rows_by_epochs / self.settings.batch_size)
+        return self.order.total_steps
 
     def run(self) -> dict[str, float]:
         """Train to the end; the last figures. Stopped where a signal asked for it: everything is saved then."""
@@ -157,8 +154,8 @@ class Loop:
                 self.method.preflight(longest_rows(self.rows, size))
 
         def all_of_it() -> None:
-            self.retry(try_out, "micro_batch_size")
-            self.method.preflight_rollouts(self.rows, self.retry)
+            self.sizes.retry(try_out, "micro_batch_size")
+            self.method.preflight_rollouts(self.rows, self.sizes.retry)
 
         try:
             self.workers.each(all_of_it)
@@ -172,9 +169,10 @@ class Loop:
         began, self.moved, self.method_before = time.perf_counter(), False, self.method.state()
         metrics, losses = Metrics(), []
         norms: list[float] = []
+        rows = [self.rows[place] for place in self.order.of_step(step)]
         learning_rate = self.scheduler.get_last_lr()[0]
         try:
-            for update, items in enumerate(self.method.round(self._rows_of(step), step, self.retry)):
+            for update, items in enumerate(self.method.round(rows, step, self.sizes.retry)):
                 loss, norm = self._update(items, metrics, step, update)
                 losses.append(loss)
                 norms.append(norm)
@@ -186,7 +184,7 @@ class Loop:
             **(self.method.round_metrics() if losses else {}),
             "grad_norm": sum(norms) / len(norms) if norms else math.nan,
             "learning_rate": learning_rate,
-            "skipped": float(self.skipped),
+            "skipped": float(self.skips.total),
             "seconds": time.perf_counter() - began,
         }
         figures |= self.method.watch(figures) if losses else {}
@@ -210,7 +208,7 @@ class Loop:
                 self.base.turns.give_way()
             return total, seen
 
-        loss, seen = Metrics.joined(self.workers.each(lambda: self.retry(accumulate, "micro_batch_size")))
+        loss, seen = Metrics.joined(self.workers.each(lambda: self.sizes.retry(accumulate, "micro_batch_size")))
         self.moved = True
         metrics.absorb(seen)
         with memory_for(f"within the update of step {step}", WHAT_IS_LEFT):
@@ -218,7 +216,7 @@ class Loop:
             if math.isfinite(loss) and math.isfinite(norm):
                 self.optimizer.step()
                 self._check_weights(step)
-                self.skipped_in_a_row = 0
+                self.skips.in_a_row = 0
             else:
                 if self.accelerator.scaler is not None:
                     self.optimizer.step()  # the scaler leaves the weights alone and lowers its scale
@@ -244,19 +242,11 @@ class Loop:
             )
 
     def _skip(self, what: str, step: int, updates: int = 1) -> None:
-        """An update on NaN would poison every weight: leave it out, and give up after a few steps of them in a row."""
-        self.skipped += 1
-        self.skipped_in_a_row += updates
         self.progress.note(f"step {step}: {what}, not stepped on")
-        in_a_step = self.method.updates_per_step
-        if self.skipped_in_a_row < self.skips_allowed * in_a_step:
-            return
-        ever = self.skipped_in_a_row < step * in_a_step
-        advice = "lower --learning-rate" if ever else "not one was taken: look at the model, --adapter and the reward"
-        raise NumericError(
-            f"{self.run_folder.path}: {self.skips_allowed} steps in a row without finite numbers; {advice}"
-            ", then --resume from the last checkpoint"
-        )
+        try:
+            self.skips.add(step, updates)
+        except NumericError as enough:
+            raise NumericError(f"{self.run_folder.path}: {enough}, then --resume from the last checkpoint") from None
 
     def _skip_round(self, what: str, step: int) -> None:
         """A step that is left out whole; the schedule goes on all the same."""
@@ -265,47 +255,11 @@ class Loop:
             self.scheduler.step()
         self._skip(what, step, self.method.updates_per_step)
 
-    def retry(self, function: Callable[[int], Any], knob: str) -> Any:
-        """`function(size)` with the size that the settings' `knob` names, halved for good while memory runs out."""
-        self.sizes.setdefault(knob, getattr(self.settings, knob))
-        while True:
-            try:
-                return function(self.sizes[knob])
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                message = said_shortly(error)
-            if self.sizes[knob] == 1:
-                advice = WHERE_MEMORY_GOES.get(knob, LESS_MEMORY)
-                raise EnvironmentProblem(f"out of memory with {knob} 1 ({message}); {advice}")
-            self.sizes[knob] //= 2
-            self.progress.note(f"out of memory: {knob} is now {self.sizes[knob]}; the same batch again")
-            if self.base.device.type != "cpu":
-                getattr(torch, self.base.device.type).empty_cache()
-
     def _agree(self) -> bool:
         """Whether any process was asked to stop; all take the smallest of the sizes that memory left them."""
-        said = self.workers.each(lambda: (self.stop.asked, dict(self.sizes)))
-        for knob in sorted({knob for _, sizes in said for knob in sizes}):
-            least = min(sizes[knob] for _, sizes in said if knob in sizes)
-            if least < self.sizes.get(knob, math.inf):
-                self.progress.note(f"out of memory in another process: {knob} is now {least}")
-                self.sizes[knob] = least
+        said = self.workers.each(lambda: (self.stop.asked, dict(self.sizes.now)))
+        self.sizes.agree(sizes for _, sizes in said)
         return any(asked for asked, _ in said)
-
-    def _rows_of(self, step: int) -> list[TreeRow]:
-        """The rows of a step: a function of seed and step alone, a new order for each round through the data."""
-        size, count = self.settings.batch_size, len(self.rows)
-        end = step * size
-        if self.settings.max_steps is None:
-            end = min(end, self._rows_by_epochs)
-        places = range((step - 1) * size, end)
-        orders = {epoch: _order(self.settings.seed, epoch, count) for epoch in {i // count for i in places}}
-        return [self.rows[int(orders[i // count][i % count])] for i in places]
-
-    @property
-    def _rows_by_epochs(self) -> int:
-        return max(1, round(self.settings.epochs * len(self.rows)))
 
     @contextmanager
     def _dropout_seed(self, *parts: int | str) -> Iterator[None]:
@@ -352,7 +306,7 @@ class Loop:
         self.method.backward = lambda loss: None
         self.base.model.eval()
         try:
-            found = self.method.evaluate(self.eval_rows, self.retry)
+            found = self.method.evaluate(self.eval_rows, self.sizes.retry)
         except NoNumbers as problem:
             self.progress.note(f"step {step}: {problem}: not evaluated")
             self.best.since += 1
@@ -403,10 +357,9 @@ class Loop:
     def _write(self, step: int) -> None:
         values: dict[str, Any] = {
             "step": step,
-            "sizes": self.sizes,
-            "skipped": [self.skipped, self.skipped_in_a_row],
-            "best": None if self.best.value is None else [self.best.value, self.best.step, self.best.since],
-            "best_evaluation": self.best.evaluation,
+            "sizes": self.sizes.now,
+            "skipped": [self.skips.total, self.skips.in_a_row],
+            **self.best.state(),
             "look_due": self.look_due,
             "method": self.method.state() if self.method_before is None else self.method_before,
             "scheduler": self.scheduler.state_dict(),
@@ -442,13 +395,10 @@ class Loop:
         self.scheduler.load_state_dict(values["scheduler"])
         if self.accelerator.scaler and values["scaler"]:
             self.accelerator.scaler.load_state_dict(values["scaler"])
-        self.sizes |= values["sizes"]
-        self.skipped, self.skipped_in_a_row = values["skipped"]
-        kept = {k.removeprefix("best/"): t for k, t in state.tensors.items() if k.startswith("best/")}
-        if values["best"] is not None and (kept or not self.settings.early_stopping):  # else it is turned on only now
-            weights = {key: tensor.to(self.base.device) for key, tensor in kept.items()}
-            value, step, since = values["best"]
-            self.best = BestSoFar(self.best.patience, value, step, values["best_evaluation"], weights, since)
+        self.sizes.now |= values["sizes"]
+        self.skips.total, self.skips.in_a_row = values["skipped"]
+        best = {k.removeprefix("best/"): t for k, t in state.tensors.items() if k.startswith("best/")}
+        self.best.load_state(values, {key: tensor.to(self.base.device) for key, tensor in best.items()})
         self.look_due = values.get("look_due", False)
         self.method.load_state(values["method"])
         self.steps_done = int(values["step"])
@@ -461,9 +411,3 @@ def _logged(metrics: Path) -> dict[str, float]:
     """The figures of the last line that was logged; what was no number is NaN again."""
     lines = read_metrics(metrics)
     return {k: math.nan if v is None else v for k, v in (lines[-1] if lines else {}).items() if k != "step"}
-
-
-@lru_cache(maxsize=2)  # a step's rows may be the end of one round and the beginning of the next
-def _order(seed: int, epoch: int, count: int) -> Tensor:
-    """(count,) the places of the rows in a round through the data."""
-    return torch.randperm(count, generator=generator_for(torch.device("cpu"), seed, epoch, "rows"))

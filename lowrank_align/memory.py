@@ -1,12 +1,16 @@
-"""Peak memory of this process, on the GPU where the base is there, else in RAM."""
+"""What is in memory: this process's peak, on the GPU where the base is there, else in RAM; a model's weights."""
 
 import ctypes
+import gc
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from torch import Tensor, nn
 
 M_MMAP_THRESHOLD = -3  # malloc.h
 OWN_PAGES_FROM_BYTES = 2**22
@@ -71,3 +75,29 @@ def release_unused() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def bytes_of(model: nn.Module, parameters: Iterable[Tensor]) -> int:
+    """Bytes of a model's parameters, with what quantisation keeps beside them; shared storage counts once."""
+    int8: list[Any] = [m.state for m in model.modules() if hasattr(m, "state") and hasattr(m.state, "SCB")]
+    tensors = [t for p in parameters for t in (p.data, *_quantisation_tensors(p))]
+    tensors += [t for state in int8 for t in (state.CB, state.SCB) if isinstance(t, Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def copies_of(sample: Tensor) -> int:
+    """How many tensors of this process have the same content, shape, type and device, the sample with them."""
+    gc.collect()  # what nobody has any more is no copy
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
+    same = [t.detach() for t in tensors if t.shape == sample.shape and t.dtype == sample.dtype]
+    return len({t.data_ptr() for t in same if t.device == sample.device and torch.equal(t, sample.detach())})
+
+
+def _quantisation_tensors(parameter: Tensor) -> list[Tensor]:
+    """The scales that bitsandbytes keeps beside a packed weight (nested ones too)."""
+    found = [t for name in ("CB", "SCB") if isinstance(t := getattr(parameter, name, None), Tensor)]
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        found += [t for t in (state.absmax, state.code, state.offset) if isinstance(t, Tensor)]
+        state = state.state2
+    return found

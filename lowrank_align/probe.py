@@ -35,11 +35,11 @@ PROBE_TOKENS = 6
 def choose_layout(base: Base) -> Layout:
     """`tree` where completions neither see each other nor differ from separate rows, else `flat` with one log line.
 
-    Attention in pieces is tried first; a family that does not hand them down gets the mask (`base.in_pieces`).
+    Attention in pieces is tried first; a family that does not hand them down gets the mask.
     """
-    if base.in_pieces:
-        base.in_pieces = _why_not_tree(base) is None
-        if base.in_pieces:
+    if base.attention.in_pieces:
+        base.attention.in_pieces = _why_not_tree(base) is None
+        if base.attention.in_pieces:
             return "tree"
     reason = _why_not_tree(base)
     if reason is None:

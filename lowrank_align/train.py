@@ -17,6 +17,7 @@ from rich.console import Console
 
 from lowrank_align import adapters
 from lowrank_align.base import Base
+from lowrank_align.batch_sizes import LESS_MEMORY
 from lowrank_align.checkpoint import write_atomic
 from lowrank_align.checks import (
     check_adapters,
@@ -32,7 +33,7 @@ from lowrank_align.data.formats import Row
 from lowrank_align.data.training import TrainingRows, training_rows
 from lowrank_align.errors import UserError, memory_for, nearest
 from lowrank_align.loading import pick_device, read_config, read_tokenizer
-from lowrank_align.loop import LESS_MEMORY, Loop
+from lowrank_align.loop import Loop
 from lowrank_align.methods import method_class
 from lowrank_align.methods.method import Method
 from lowrank_align.plots import plot_metrics
@@ -196,7 +197,7 @@ def _run(
         progress.close()
         method.close()
         method.base.enable_checkpointing(False)  # evaluation mode too, for whoever uses the base next
-    figures |= method.finish(rows.rows, loop.retry)
+    figures |= method.finish(rows.rows, loop.sizes.retry)
 
     def save() -> None:
         if prefix := method.renderer.answer_prefix:  # first: an adapter without it would be asked otherwise

@@ -56,14 +56,14 @@ def test_a_base_computes_the_same_either_way(
 ) -> None:
     """Log-probs and gradients of padded rows; grouped keys, query norms, sliding layers whose window is not reached."""
     base = load_base(family)
-    assert base.in_pieces
+    assert base.attention.in_pieces
     base.add_role("policy", rank=4)
     speak(base, "policy")
     rows = [random_row(2, 3, 2), random_row(1, 2)]
     results = []
     for in_pieces in (True, False):
-        monkeypatch.setattr(base, "in_pieces", in_pieces)
-        assert base._takes_pieces(base.collate(rows)) == in_pieces
+        monkeypatch.setattr(base.attention, "in_pieces", in_pieces)
+        assert base.attention.takes_pieces(base.collate(rows)) == in_pieces
         with base.role("policy") as role:
             scores = base.token_scores(base.collate(rows))
             scores.logps.sum().backward()
@@ -77,8 +77,8 @@ def test_a_window_that_cuts_needs_the_mask(load_base: Callable[..., Any], random
     """Positions from 0: a row of as many as the window sees everything, one more does not."""
     base = load_base("gemma3_text")
     window = base.config.sliding_window
-    assert base._takes_pieces(base.collate([random_row(window - 2, 2, 1)]))
-    assert not base._takes_pieces(base.collate([random_row(window - 1, 2, 1)]))
+    assert base.attention.takes_pieces(base.collate([random_row(window - 2, 2, 1)]))
+    assert not base.attention.takes_pieces(base.collate([random_row(window - 1, 2, 1)]))
 
 
 def test_a_family_that_does_not_hand_the_pieces_down_gets_the_mask(
@@ -92,4 +92,4 @@ def test_a_family_that_does_not_hand_the_pieces_down_gets_the_mask(
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", forgetful)
     base = load_base("llama", fresh=True)
-    assert (base.in_pieces, base.layout) == (False, "tree")
+    assert (base.attention.in_pieces, base.layout) == (False, "tree")

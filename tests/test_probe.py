@@ -22,12 +22,12 @@ def test_state_that_runs_through_is_seen(
 ) -> None:
     """These two refuse the dict of masks. Given a plain mask, which they take, only the log-probs tell."""
     base = load_base(hybrid)
-    base._dict_masks = False
+    base.attention.masks_by_kind = False
     caplog.clear()
     try:
         assert choose_layout(base) == "flat"
     finally:
-        base._dict_masks = True
+        base.attention.masks_by_kind = True
     (line,) = probe_lines(caplog)
     assert line.startswith(f"{base.name}: uses flat rows: its layers carry state from one completion to the next")
 
@@ -53,8 +53,8 @@ def test_wrong_masks_are_seen(
         segment = batch.segment_ids
         return mask & (segment[:, :, None] == segment[:, None, :])[:, None]
 
-    monkeypatch.setattr("lowrank_align.base.attention_mask", faulty)
-    monkeypatch.setattr(base, "in_pieces", False)
+    monkeypatch.setattr("lowrank_align.attention.attention_mask", faulty)
+    monkeypatch.setattr(base.attention, "in_pieces", False)
     assert choose_layout(base) == "flat"
     (line,) = probe_lines(caplog)
     assert ("leak 0.0e+00" not in line) == leaks

@@ -215,7 +215,7 @@ def test_sliding_window_cuts(
     rows = [random_row(9, 3, 8, 5, seed=1)]
     right = base.token_scores(base.collate(rows)).per_token_logps
 
-    monkeypatch.setattr(base.config, "sliding_window", 1000)
+    monkeypatch.setattr(base.attention, "window", 1000)
     without = base.token_scores(base.collate(rows)).per_token_logps
     monkeypatch.undo()
     assert all((without - right).abs().amax(dim=1) > 0.01)
@@ -224,7 +224,7 @@ def test_sliding_window_cuts(
         column = torch.arange(batch.input_ids.shape[1])
         return attention_mask(batch) & (column[:, None] - column[None, :] < (window or 1000))
 
-    monkeypatch.setattr("lowrank_align.base.attention_mask", by_column)
+    monkeypatch.setattr("lowrank_align.attention.attention_mask", by_column)
     columns = base.token_scores(base.collate(rows)).per_token_logps
     gap = (columns - right).abs().amax(dim=1)
     assert gap[0] < 1e-5  # the first completion stands right behind the prompt

@@ -56,7 +56,7 @@ def test_tree_and_flat_rows_agree(tiny_base: Any) -> None:
 def test_the_probe_tells_whether_a_model_can_hide(tiny_base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that is given no mask sees everything, as one with a recurrent state does."""
     assert hides_tokens(tiny_base)
-    monkeypatch.setattr("lowrank_align.base.attention_mask", lambda batch, window=None: everything(batch))
+    monkeypatch.setattr("lowrank_align.attention.attention_mask", lambda batch, window=None: everything(batch))
     assert not hides_tokens(tiny_base)
 
 

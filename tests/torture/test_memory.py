@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from lowrank_align import adapters, checkpoint
 from lowrank_align.base import Base
+from lowrank_align.batch_sizes import BatchSizes
 from lowrank_align.errors import EnvironmentProblem, UserError, is_out_of_memory
 from lowrank_align.loop import Loop
 from lowrank_align.methods import method_class
@@ -117,19 +118,19 @@ class Fault:
             raise self.error()
 
     def _follow(self) -> None:
-        step_, retry_, update_ = Loop._step, Loop.retry, Loop._update
+        step_, retry_, update_ = Loop._step, BatchSizes.retry, Loop._update
 
         def step(it: Loop, number: int) -> Any:
             self.loop, self.now, self.place = it, number, 0
             return step_(it, number)
 
-        def retry(it: Loop, function: Any, knob: str) -> Any:
+        def retry(it: BatchSizes, function: Any, knob: str) -> Any:
             key = (self.now, self.place)
             self.place += 1
             if self.replay and self.now:
-                it.sizes[knob] = self.replay[key]
+                it.now[knob] = self.replay[key]
             done = retry_(it, function, knob)
-            self.sizes[key] = it.sizes[knob]
+            self.sizes[key] = it.now[knob]
             return done
 
         def update(it: Loop, items: Any, *arguments: Any) -> Any:
@@ -137,7 +138,7 @@ class Fault:
             return update_(it, items, *arguments)
 
         self.patch.setattr(Loop, "_step", step)
-        self.patch.setattr(Loop, "retry", retry)
+        self.patch.setattr(BatchSizes, "retry", retry)
         self.patch.setattr(Loop, "_update", update)
 
     def parts(self, method: str) -> None:

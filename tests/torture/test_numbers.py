@@ -20,6 +20,7 @@ from lowrank_align.loop import Loop
 from lowrank_align.methods import method_class
 from lowrank_align.methods.sft import SFT
 from lowrank_align.rewards import Rewards
+from lowrank_align.row_order import RowOrder
 from tests.notes import Notes
 
 SECTION = "Numbers"
@@ -403,15 +404,15 @@ def test_the_base(
         value = VALUES[(list(METHODS).index(method) + i) % 3]
         poison.at(value, 2)
         with broken(tiny_base, value) as breaks:
-            before = Loop._rows_of
+            before = RowOrder.of_step
 
-            def rows_of(self: Loop, step: int, before: Any = before, breaks: Any = breaks) -> Any:
+            def of_step(self: RowOrder, step: int, before: Any = before, breaks: Any = breaks) -> Any:
                 if poison.due():
                     breaks()
                 return before(self, step)
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Loop, "_rows_of", rows_of)
+                patch.setattr(RowOrder, "of_step", of_step)
                 wrong = five_and_out(run, method, f"run-{i}", 2, tmp_path)
         failed += [(value, wrong)] if wrong else []
     tally(SECTION, "NaN or infinity in the base's weights", "code 4 at the fifth step in a row, nothing of it saved",
