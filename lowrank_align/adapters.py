@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from lowrank_align.checkpoint import write_atomic, writing
+from lowrank_align.durable import write_atomic, writing
 from lowrank_align.errors import NumericError, UserError, nearest
 from lowrank_align.json_files import read_json
 from lowrank_align.provenance import check_same_base, folder_sha256

@@ -27,8 +27,9 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_align import adapters, lora, memory
 from lowrank_align.attention import TreeAttention
 from lowrank_align.config import ModelSettings
+from lowrank_align.devices import Attention, Quantize
 from lowrank_align.errors import UserError, nearest
-from lowrank_align.loading import Attention, Loaded, Quantize, context_tokens, load_frozen
+from lowrank_align.loading import Loaded, context_tokens, load_frozen
 from lowrank_align.probe import choose_layout, choose_logits
 from lowrank_align.roles import BARE, BackwardInsideRole, Role, Visit
 from lowrank_align.scoring import LogitsHead, TokenScores, scalar_scores, scalar_values, token_logps, token_scores

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder `step-N/` of `tensors.safetensors`, `state.json` and, written last, `manifest.json` with the
 SHA-256 and the size of the other two. It is written under another name, fsynced, verified, and only then renamed;
-older ones go only after that. Nothing is pickled. torch is imported inside the functions that need it, so that
-`write_atomic` serves the commands that must start fast.
+older ones go only after that. Nothing is pickled. torch is imported inside the functions that need it, so that a list
+of runs is there at once.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import logging
 import math
 import os
 import re
-import secrets
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowrank_align.durable import sync_folder, write_synced
 from lowrank_align.errors import EnvironmentProblem, NumericError, is_out_of_memory, said_shortly
 from lowrank_align.json_files import read_json
 
@@ -34,7 +33,6 @@ FORMAT = 1
 TENSORS, VALUES, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 SPACE_MARGIN_BYTES = 16 * 2**20
 HEADER_BYTES_PER_TENSOR = 512  # name, dtype, shape and offsets in the safetensors header, generously
-LEFT_OVER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")  # what a kill leaves of `write_atomic`, which names it so
 
 
 @dataclass(frozen=True)
@@ -195,32 +193,6 @@ def unflatten(prefix: str, state: State) -> Any:
     return walk(state.values[prefix])
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write one file so that a reader, or a kill, finds either the old content or the new, never a part.
-
-    Text is written as UTF-8 with its line ends as they are. Raises EnvironmentProblem where the disk refuses.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with writing(path):
-        try:
-            _write_synced(temporary, content.encode() if isinstance(content, str) else content)
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
-        except OSError:
-            with contextlib.suppress(OSError):  # a disk that has turned read-only keeps it
-                temporary.unlink(missing_ok=True)
-            raise
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the disk refuses in here is an EnvironmentProblem that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise EnvironmentProblem(f"{path}: could not be written: {error.strerror or error}") from error
-
-
 def _refuse_non_finite(state: State, step: int) -> None:
     import torch
 
@@ -254,14 +226,14 @@ def _write(temporary: Path, step: int, state: State, values_json: bytes) -> None
         raise OSError(str(error)) from error
     with open(temporary / TENSORS, "r+b") as written:
         os.fsync(written.fileno())
-    _write_synced(temporary / VALUES, values_json)
+    write_synced(temporary / VALUES, values_json)
     files = {
         name: {"sha256": _sha256(temporary / name), "bytes": (temporary / name).stat().st_size}
         for name in (TENSORS, VALUES)
     }
-    _sync_folder(temporary)
-    _write_synced(temporary / MANIFEST, json.dumps({"format": FORMAT, "step": step, "files": files}).encode())
-    _sync_folder(temporary)
+    sync_folder(temporary)
+    write_synced(temporary / MANIFEST, json.dumps({"format": FORMAT, "step": step, "files": files}).encode())
+    sync_folder(temporary)
 
 
 def _for_disk(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -299,7 +271,7 @@ def _publish(temporary: Path, final: Path) -> None:
         with contextlib.suppress(OSError):  # back, if it stood aside
             os.replace(aside, final)
         raise
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
 
 
 def _rotate(folder: Path, step: int, keep: int) -> None:
@@ -360,24 +332,6 @@ def _decode(value: Any) -> Any:
         case [("!dict", pairs)]:
             return {_decode(key): _decode(item) for key, item in pairs}
     return {key: _decode(item) for key, item in value.items()}
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename or a new name in `folder` durable; Windows neither needs nor allows it."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from lowrank_align import adapters
 from lowrank_align.config import OnlineSettings, TrainSettings, is_function, read_yaml
+from lowrank_align.devices import check_device
 from lowrank_align.errors import EnvironmentProblem, UserError, nearest
-from lowrank_align.loading import check_device, model_folder, read_config
+from lowrank_align.loading import model_folder, read_config
 from lowrank_align.plan import size_bytes
 from lowrank_align.provenance import read_provenance, weights_hash
 from lowrank_align.rewards import load_function

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lowrank_align.checkpoint import write_atomic, writing
+from lowrank_align.durable import write_atomic, writing
 from lowrank_align.runs import read_metrics
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from lowrank_align.architecture import UnknownFigures
 from lowrank_align.base import Base
 from lowrank_align.config import OnlineSettings, TrainSettings, read_yaml
 from lowrank_align.data.training import Tell
+from lowrank_align.devices import DTYPES, pick_device, pick_dtype
 from lowrank_align.errors import EnvironmentProblem
-from lowrank_align.loading import DTYPES, pick_device, pick_dtype, read_config
+from lowrank_align.loading import read_config
 from lowrank_align.memory import free_bytes, steady_heap
 from lowrank_align.plan import (
     GPU_CONTEXT_BYTES,

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from lowrank_align.checkpoint import write_atomic
+from lowrank_align.durable import write_atomic
 from lowrank_align.errors import UserError
 from lowrank_align.json_files import read_json
 

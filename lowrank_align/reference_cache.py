@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lowrank_align.base import Base
-from lowrank_align.checkpoint import write_atomic
+from lowrank_align.durable import write_atomic
 from lowrank_align.provenance import cache_folder
 from lowrank_align.trees import TreeRow
 

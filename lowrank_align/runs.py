@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lowrank_align.checkpoint import LEFT_OVER, write_atomic, writing
+from lowrank_align.durable import LEFT_OVER, write_atomic, writing
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.json_files import read_json
 from lowrank_align.locks import FileLock, is_held, owner

@@ -18,7 +18,6 @@ from rich.console import Console
 from lowrank_align import adapters
 from lowrank_align.base import Base
 from lowrank_align.batch_sizes import LESS_MEMORY
-from lowrank_align.checkpoint import write_atomic
 from lowrank_align.checks import (
     check_adapters,
     check_inputs_stay,
@@ -31,8 +30,10 @@ from lowrank_align.config import ADAPTERS_OWN, METHODS, OnlineSettings, TrainSet
 from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row
 from lowrank_align.data.training import TrainingRows, training_rows
+from lowrank_align.devices import pick_device
+from lowrank_align.durable import write_atomic
 from lowrank_align.errors import UserError, memory_for, nearest
-from lowrank_align.loading import pick_device, read_config, read_tokenizer
+from lowrank_align.loading import read_config, read_tokenizer
 from lowrank_align.loop import Loop
 from lowrank_align.methods import method_class
 from lowrank_align.methods.method import Method

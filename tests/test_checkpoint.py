@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from lowrank_align import checkpoint
-from lowrank_align.checkpoint import State, flatten, latest, save, sealed_steps, unflatten, write_atomic
+from lowrank_align.checkpoint import State, flatten, latest, save, sealed_steps, unflatten
+from lowrank_align.durable import write_atomic
 from lowrank_align.errors import EnvironmentProblem, NumericError
 
 

@@ -16,8 +16,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lowrank_align import loading
+from lowrank_align.devices import pick_device, pick_dtype
 from lowrank_align.errors import EXIT_DATA_OR_CONFIG, EXIT_ENVIRONMENT, EnvironmentProblem, UserError
-from lowrank_align.loading import load_frozen, pick_device, pick_dtype, read_tokenizer
+from lowrank_align.loading import load_frozen, read_tokenizer
 
 
 @pytest.fixture(autouse=True)

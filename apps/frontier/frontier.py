@@ -12,8 +12,8 @@ from lowrank_align.apps.frontier.schedule import Schedule
 from lowrank_align.apps.frontier.tasks import TRAININGS, Task
 from rich.console import Console
 
-from lowrank_align.checkpoint import write_atomic
 from lowrank_align.config import FrontierSettings
+from lowrank_align.durable import write_atomic
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.locks import FileLock
 from lowrank_align.runs import check_place

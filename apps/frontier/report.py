@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_align import __version__
-from lowrank_align.checkpoint import write_atomic
+from lowrank_align.durable import write_atomic
 
 if TYPE_CHECKING:
     from lowrank_align.apps.frontier.frontier import Results

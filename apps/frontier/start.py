@@ -14,11 +14,11 @@ from rich.console import Console
 
 from lowrank_align.annotators import POOL
 from lowrank_align.base import Base
-from lowrank_align.checkpoint import write_atomic
 from lowrank_align.config import METHODS, RewardSettings, TrainSettings, resolve
 from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import Row, Shape, parse_row
 from lowrank_align.data.load import load_rows
+from lowrank_align.durable import write_atomic
 from lowrank_align.errors import UserError
 from lowrank_align.pairs import draw_pairs
 from lowrank_align.presets import read_preset

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from lowrank_align.checkpoint import write_atomic
+from lowrank_align.durable import write_atomic
 
 Kind = Literal["start", "policy", "reward", "best_of"]
 DONE, START = "done.json", "start"

@@ -18,14 +18,15 @@ from rich.text import Text
 
 from lowrank_align import adapters
 from lowrank_align.base import Base
-from lowrank_align.checkpoint import write_atomic
 from lowrank_align.config import ChatSettings
 from lowrank_align.config.yaml_files import first_problem
 from lowrank_align.conversation import Conversation, Reply, Sampling, Turn, Voices
 from lowrank_align.data.chat import CONTROL_AS_TEXT, Renderer, notes_on
 from lowrank_align.data.formats import Row, Shape
+from lowrank_align.devices import check_device
+from lowrank_align.durable import write_atomic
 from lowrank_align.errors import EXIT_DONE, EnvironmentProblem, UserError, is_out_of_memory, nearest
-from lowrank_align.loading import check_device, model_folder, read_config, read_tokenizer
+from lowrank_align.loading import model_folder, read_config, read_tokenizer
 from lowrank_align.preset_check import from_preset, preset_lines
 from lowrank_align.provenance import weights_hash
 from lowrank_align.rollout import generator_for

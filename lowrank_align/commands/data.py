@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.table import Table
 
-from lowrank_align.checkpoint import write_atomic
 from lowrank_align.config import (
     DataBackupSettings,
     DataConvertSettings,
@@ -19,6 +18,7 @@ from lowrank_align.data.conversion import convert
 from lowrank_align.data.formats import Shape
 from lowrank_align.data.load import load_rows
 from lowrank_align.data.stored import Imported, export_rows, import_rows
+from lowrank_align.durable import write_atomic
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.ratings import WinRate
 from lowrank_align.store import Store

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_align import adapters, terminal
-from lowrank_align.checkpoint import write_atomic
 from lowrank_align.config import ExportSettings, ReadingSettings
+from lowrank_align.devices import DTYPES, pick_device
+from lowrank_align.durable import write_atomic
 from lowrank_align.errors import NumericError, UserError
 from lowrank_align.evaluate import parties, proof
 from lowrank_align.evaluate.proof import Say
@@ -19,7 +20,7 @@ from lowrank_align.export.companions import classifier_pad, prefix_notes, write_
 from lowrank_align.export.folder import ExportFolder, check_out, check_room
 from lowrank_align.export.source import NAMES, Job, Source, find_source
 from lowrank_align.export.verify import WeightCheck, verify_weights
-from lowrank_align.loading import DTYPES, load_frozen, pick_device
+from lowrank_align.loading import load_frozen
 from lowrank_align.preset_check import preset_lines
 from lowrank_align.presets import read_preset
 from lowrank_align.provenance import file_sha256

@@ -14,7 +14,6 @@ from rich.progress import track
 
 from lowrank_align import adapters
 from lowrank_align.base import Base
-from lowrank_align.checkpoint import write_atomic
 from lowrank_align.commands.best_of import highest, scores_of
 from lowrank_align.config import (
     GenerateSettings,
@@ -28,8 +27,10 @@ from lowrank_align.data.chat import Renderer, notes_on
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.data.load import Loaded, load_rows
 from lowrank_align.data.show import print_rows
+from lowrank_align.devices import check_device
+from lowrank_align.durable import write_atomic
 from lowrank_align.errors import EnvironmentProblem, UserError
-from lowrank_align.loading import check_device, model_folder, read_config, read_tokenizer
+from lowrank_align.loading import model_folder, read_config, read_tokenizer
 from lowrank_align.preset_check import from_preset, preset_lines
 from lowrank_align.provenance import weights_hash
 from lowrank_align.rewards import Rewards, is_function, load_function, seen_answer

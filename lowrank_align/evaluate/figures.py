@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lowrank_align.checkpoint import write_atomic
+from lowrank_align.durable import write_atomic
 from lowrank_align.evaluate.outcomes import Comparison
 from lowrank_align.evaluate.reward_quality import Bin
 

@@ -10,13 +10,14 @@ from lowrank_align.config.evaluation import is_address
 from lowrank_align.data.chat import Renderer, notes_on
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.data.load import Loaded, load_rows
+from lowrank_align.devices import check_device
 from lowrank_align.errors import UserError
 from lowrank_align.evaluate.answers import REFERENCE, WITH_REFERENCE, Asked, reference_of
 from lowrank_align.evaluate.chat_judge import ChatJudge
 from lowrank_align.evaluate.harness import check_installed
 from lowrank_align.evaluate.people import standing
 from lowrank_align.evaluate.report import FILES
-from lowrank_align.loading import check_device, model_folder, read_config, read_tokenizer
+from lowrank_align.loading import model_folder, read_config, read_tokenizer
 from lowrank_align.preset_check import from_preset, preset_lines
 from lowrank_align.provenance import read_provenance, weights_hash
 from lowrank_align.rewards import RewardFunction, load_function, seen_prompt

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers import logging as transformers_logging
 
 from lowrank_align.base import Base
+from lowrank_align.devices import pick_device
 from lowrank_align.errors import NumericError
 from lowrank_align.evaluate.precision import fp32_arithmetic
 from lowrank_align.export.companions import classifier_pad
 from lowrank_align.export.source import NAMES, Source
-from lowrank_align.loading import load_frozen, pick_device
+from lowrank_align.loading import load_frozen
 
 ROLE = "adapter"
 HEADROOM = 1.3  # what a forward pass takes beside the weights, generously

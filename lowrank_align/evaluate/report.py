@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from lowrank_align.checkpoint import write_atomic
+from lowrank_align.durable import write_atomic
 from lowrank_align.errors import EnvironmentProblem
 from lowrank_align.evaluate.outcomes import Comparison, Interval
 from lowrank_align.ratings import Agreement, WinRate

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lowrank_align.checkpoint import write_atomic
+from lowrank_align.durable import write_atomic
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.provenance import file_sha256, versions
 from lowrank_align.runs import FolderLock, check_place, refuse_protected

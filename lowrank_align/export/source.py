@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from lowrank_align import adapters
 from lowrank_align.config import ExportSettings
 from lowrank_align.data.chat import Renderer
+from lowrank_align.devices import DTYPES, Quantize
 from lowrank_align.errors import EnvironmentProblem, UserError
-from lowrank_align.loading import DTYPES, Quantize, language_model, model_folder, read_config, read_tokenizer
+from lowrank_align.loading import language_model, model_folder, read_config, read_tokenizer
 from lowrank_align.preset_check import from_preset
 from lowrank_align.provenance import read_provenance, weights_hash
 from lowrank_align.runs import read_state

@@ -14,10 +14,10 @@ from torch import Tensor
 from lowrank_align import adapters
 from lowrank_align.adapters import REWARD
 from lowrank_align.base import Base
-from lowrank_align.checkpoint import write_atomic
 from lowrank_align.config import RewardSettings
 from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row, Shape
+from lowrank_align.durable import write_atomic
 from lowrank_align.errors import NumericError, UserError
 from lowrank_align.methods.method import Method, Metrics, Retry
 from lowrank_align.objectives.paired import bradley_terry, centring, mean_per_row

@@ -9,12 +9,12 @@ from typing import Any
 
 from lowrank_align.annotators import POOL, Annotator
 from lowrank_align.base import Base
-from lowrank_align.checkpoint import write_atomic
 from lowrank_align.config import RoundsSettings
 from lowrank_align.config.loops import POOL as THE_POOL
 from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import Row
 from lowrank_align.data.stored import export_rows
+from lowrank_align.durable import write_atomic
 from lowrank_align.errors import Stopped
 from lowrank_align.pairs import draw_pairs
 from lowrank_align.rewards import load_function

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowrank_align.checkpoint import write_atomic
 from lowrank_align.config import RoundsSettings
+from lowrank_align.durable import write_atomic
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.json_files import read_json
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from lowrank_align import adapters
 from lowrank_align.base import Base
-from lowrank_align.checkpoint import write_atomic
 from lowrank_align.config import METHODS, RoundsSettings, TrainSettings, read_yaml, resolve
 from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.data.load import load_rows, split_off
+from lowrank_align.durable import write_atomic
 from lowrank_align.errors import UserError, nearest
 from lowrank_align.evaluate.answers import Asked, Side, draw
 from lowrank_align.evaluate.comparing import kl, tied_where_alike

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank_align.checkpoint import write_atomic
 from lowrank_align.data.shapes import Shape
 from lowrank_align.data.sources import DATA_SUFFIXES
+from lowrank_align.durable import write_atomic
 from lowrank_align.errors import UserError
 from lowrank_align.methods import method_class
 from lowrank_align.store.export import COLUMN, export_lines

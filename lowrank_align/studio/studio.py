@@ -15,8 +15,9 @@ from lowrank_align.config import StudioSettings
 from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import Shape, parse_row
 from lowrank_align.data.load import load_rows
+from lowrank_align.devices import check_device
 from lowrank_align.errors import EnvironmentProblem, UserError
-from lowrank_align.loading import check_device, read_config, read_tokenizer
+from lowrank_align.loading import read_config, read_tokenizer
 from lowrank_align.memory import free_bytes
 from lowrank_align.preset_check import from_preset, preset_lines
 from lowrank_align.store import Enqueued, Store, Text
