@@ -32,7 +32,8 @@ from lowrank_align.errors import (
     memory_for,
     said_shortly,
 )
-from lowrank_align.methods.method import Method, Metrics
+from lowrank_align.methods.method import Method
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.optimizer import all_finite, allocate_moments, make_optimizer
 from lowrank_align.progress import Progress
 from lowrank_align.rollout import seed_of

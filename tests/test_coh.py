@@ -13,7 +13,7 @@ from lowrank_align import adapters
 from lowrank_align.errors import UserError
 from lowrank_align.methods import coh
 from lowrank_align.methods.coh import Chain
-from lowrank_align.methods.method import Metrics
+from lowrank_align.methods.metrics import Metrics
 
 PAIR = {"prompt": "Q: ", "chosen": "fed", "rejected": "bug"}
 PAIRS = [{"prompt": f"Q{i}: ", "chosen": "fed" * (i + 1), "rejected": "bug"} for i in range(8)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowrank_align import adapters
-from lowrank_align.methods.method import Metrics
+from lowrank_align.methods.metrics import Metrics
 
 PAIRS = [
     {"prompt": "Q1: ", "chosen": "fed", "rejected": "bug"},

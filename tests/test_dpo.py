@@ -12,7 +12,7 @@ import torch
 from lowrank_align.config.offline import LOSS_KNOBS
 from lowrank_align.errors import NumericError, UserError
 from lowrank_align.methods.dpo import DPO
-from lowrank_align.methods.method import Metrics
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.objectives.paired_losses import PAIRED_LOSSES
 from lowrank_align.trees import Completion, TreeRow
 

@@ -14,7 +14,7 @@ import torch
 
 from lowrank_align.config import METHODS, resolve
 from lowrank_align.errors import UserError
-from lowrank_align.methods.method import Metrics
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.methods.online_dpo import pair_of
 from lowrank_align.rollout import Rollout
 

@@ -11,7 +11,7 @@ import torch
 
 from lowrank_align.config import KTOSettings
 from lowrank_align.methods.kto import imbalance, mismatch
-from lowrank_align.methods.method import Metrics
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.trees import Completion, TreeRow
 
 ROWS = [

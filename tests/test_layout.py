@@ -84,6 +84,7 @@ FACADE = ""
 METHODS_IN_COMMON = {
     "methods",
     "methods.method",
+    "methods.metrics",
     "methods.online",
     "methods.grouped",
 }  # the registry and what methods share: every method may know these

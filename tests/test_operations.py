@@ -236,7 +236,7 @@ def test_passes_of_a_step(
     method: str, passes: int, make_method: Callable[..., Any], tiny_base: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step goes through the base once for each role that it asks, however many completions the rows have."""
-    from lowrank_align.methods.method import Metrics
+    from lowrank_align.methods.metrics import Metrics
 
     row = {
         "sft": {"prompt": "Say: ", "completion": "this"},

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank_align.methods.method import Metrics
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.trees import TreeRow
 
 trl = pytest.importorskip("trl")

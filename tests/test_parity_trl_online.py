@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank_align.methods.method import Metrics
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.rollout import Rollout
 
 trl = pytest.importorskip("trl")

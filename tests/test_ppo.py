@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowrank_align.errors import NumericError, UserError
-from lowrank_align.methods.method import Metrics
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.methods.ppo import PPO
 from lowrank_align.trees import Completion, TreeRow
 

@@ -13,7 +13,7 @@ from pytest import MonkeyPatch
 from lowrank_align import preflight
 from lowrank_align.config import PPOSettings, SFTSettings
 from lowrank_align.errors import EnvironmentProblem
-from lowrank_align.methods.method import Metrics
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.methods.sft import SFT
 from lowrank_align.plan import Workload
 from lowrank_align.rollout import fill_cache

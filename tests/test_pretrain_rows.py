@@ -10,7 +10,7 @@ import torch
 
 from lowrank_align.config import PPOSettings, resolve
 from lowrank_align.errors import UserError
-from lowrank_align.methods.method import Metrics
+from lowrank_align.methods.metrics import Metrics
 
 PROMPTS = [{"prompt": prompt} for prompt in ("Say a: ", "Write of the sea, please: ", "b ", "And then? ")]
 TEXTS = [{"text": "Red sky."}, {"prompt": "Colour? ", "completion": "blue or so"}, {"text": "Ho"}]

@@ -13,7 +13,7 @@ import torch
 from lowrank_align import adapters
 from lowrank_align.config import QuarkSettings
 from lowrank_align.errors import UserError
-from lowrank_align.methods.method import Metrics
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.methods.quark import Pooled
 
 PROMPTS = [{"prompt": prompt} for prompt in ("Say a: ", "Write of the sea: ", "b ", "And then? ")]

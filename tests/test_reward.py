@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lowrank_align import adapters
 from lowrank_align.errors import UserError
-from lowrank_align.methods.method import Metrics
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.trees import Completion, TreeRow
 
 PAIRS = [

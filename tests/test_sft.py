@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lowrank_align.errors import UserError
-from lowrank_align.methods.method import Metrics
+from lowrank_align.methods.metrics import Metrics
 
 ROWS = [{"prompt": "Colour? ", "completion": "red"}, {"prompt": "Number? ", "completion": "twenty-two"}]
 CHAT = [

@@ -21,7 +21,8 @@ from lowrank_align.data.assembly import TIE, best_and_worst
 from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.errors import UserError
-from lowrank_align.methods.method import Method, Metrics, PretrainRow, Retry
+from lowrank_align.methods.method import Method, PretrainRow, Retry
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.objectives.completion import nll
 from lowrank_align.probe import hides_tokens
 from lowrank_align.rollout import generator_for

@@ -17,7 +17,8 @@ from lowrank_align.config import ConditionSettings
 from lowrank_align.data.assembly import TIE, best_and_worst
 from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row, Shape
-from lowrank_align.methods.method import Method, Metrics
+from lowrank_align.methods.method import Method
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.objectives.completion import nll
 from lowrank_align.tensors import reduce
 from lowrank_align.trees import TreeRow

@@ -17,7 +17,8 @@ from lowrank_align.config import DPOSettings
 from lowrank_align.config.offline import LOSS_KNOBS, REFERENCE_FREE, SEGMENTS
 from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row, Shape
-from lowrank_align.methods.method import Method, Metrics, Retry, assert_policy_is_reference
+from lowrank_align.methods.method import Method, Retry, assert_policy_is_reference
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.objectives.paired import Side, by_preference, mean_per_row, outcome
 from lowrank_align.objectives.paired_losses import paired_loss
 from lowrank_align.objectives.ranked import MOST_TIED, TOO_MANY_TIES, most_tied, whole_orders

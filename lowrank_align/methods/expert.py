@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from lowrank_align.config import ExpertSettings
-from lowrank_align.methods.method import Metrics, Retry
+from lowrank_align.methods.method import Retry
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.methods.online import OnlineMethod, group_row
 from lowrank_align.objectives.completion import nll
 from lowrank_align.tensors import reduce

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lowrank_align.config import GRPOSettings, RLOOSettings
 from lowrank_align.memory import release_unused
-from lowrank_align.methods.method import Metrics, Retry
+from lowrank_align.methods.method import Retry
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.methods.online import Judged, OnlineMethod, group_row
 from lowrank_align.objectives.rollout import GroupLoss
 from lowrank_align.rollout import generator_for

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lowrank_align.config import GRPOSettings
 from lowrank_align.methods.grouped import Group, GroupedMethod
-from lowrank_align.methods.method import Metrics, Retry
+from lowrank_align.methods.method import Retry
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.methods.online import Judged
 from lowrank_align.objectives.groups import group_advantages
 from lowrank_align.objectives.rollout import GroupLoss, grpo_loss

@@ -10,7 +10,8 @@ from lowrank_align.base import Base
 from lowrank_align.config import KTOSettings
 from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row, Shape
-from lowrank_align.methods.method import Method, Metrics, Retry, assert_policy_is_reference
+from lowrank_align.methods.method import Method, Retry, assert_policy_is_reference
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.objectives.unpaired import kto, reference_point
 from lowrank_align.trees import Completion, TreeRow
 

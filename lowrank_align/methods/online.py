@@ -14,7 +14,8 @@ from lowrank_align.config import OnlineSettings
 from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.errors import NoNumbers
-from lowrank_align.methods.method import Item, Method, Metrics, Retry, assert_policy_is_reference
+from lowrank_align.methods.method import Item, Method, Retry, assert_policy_is_reference
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.objectives.rollout import penalise_unfinished
 from lowrank_align.rewards import Rewards, seen_answer, seen_prompt
 from lowrank_align.rollout import Rollout, fill_cache, generator_for, sample

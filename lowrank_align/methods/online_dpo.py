@@ -9,7 +9,8 @@ from functools import partial
 from torch import Tensor
 
 from lowrank_align.config import OnlineDPOSettings
-from lowrank_align.methods.method import Metrics, Retry
+from lowrank_align.methods.method import Retry
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.methods.online import OnlineMethod, group_row
 from lowrank_align.objectives.paired import Side, by_preference, hinge, ipo, outcome, sigmoid
 from lowrank_align.rollout import Rollout

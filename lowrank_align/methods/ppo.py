@@ -18,7 +18,8 @@ from lowrank_align.base import Base
 from lowrank_align.config import PPOSettings
 from lowrank_align.data.chat import Renderer
 from lowrank_align.memory import release_unused
-from lowrank_align.methods.method import Metrics, PretrainRow, Retry
+from lowrank_align.methods.method import PretrainRow, Retry
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.methods.online import OnlineMethod, group_row
 from lowrank_align.objectives.rollout import AdaptiveKL, per_token_rewards, ppo_policy_loss, ppo_value_loss
 from lowrank_align.rollout import Rollout, generator_for

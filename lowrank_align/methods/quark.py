@@ -26,7 +26,8 @@ from lowrank_align.config import QuarkSettings
 from lowrank_align.data.chat import Renderer
 from lowrank_align.errors import UserError
 from lowrank_align.memory import release_unused
-from lowrank_align.methods.method import Metrics, Retry
+from lowrank_align.methods.method import Retry
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.methods.online import OnlineMethod
 from lowrank_align.objectives.completion import nll
 from lowrank_align.objectives.quantiles import quantiles

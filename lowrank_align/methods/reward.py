@@ -19,7 +19,8 @@ from lowrank_align.data.chat import Rendered, Renderer
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.durable import write_atomic
 from lowrank_align.errors import NumericError, UserError
-from lowrank_align.methods.method import Method, Metrics, Retry
+from lowrank_align.methods.method import Method, Retry
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.objectives.paired import bradley_terry, centring, mean_per_row
 from lowrank_align.objectives.ranked import MOST_TIED, TOO_MANY_TIES, most_tied, whole_orders
 from lowrank_align.rollout import Rollout, generator_for, inference, sample

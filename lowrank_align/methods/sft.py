@@ -6,7 +6,8 @@ from torch import Tensor
 
 from lowrank_align.config import SFTSettings
 from lowrank_align.data.formats import Shape
-from lowrank_align.methods.method import Method, Metrics
+from lowrank_align.methods.method import Method
+from lowrank_align.methods.metrics import Metrics
 from lowrank_align.objectives.completion import nll
 from lowrank_align.tensors import reduce
 from lowrank_align.trees import TreeRow

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank_align.methods.method import Metrics
+from lowrank_align.methods.metrics import Metrics
 
 MakeMethod = Callable[..., Any]
 
