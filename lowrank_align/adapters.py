@@ -213,8 +213,7 @@ def write(
         folder.mkdir(parents=True, exist_ok=True)
     content = to_safetensors(tensors, metadata={"format": "pt"})
     write_atomic(folder / WEIGHTS, content)
-    with writing(folder / CONFIG):
-        saved.save_pretrained(str(folder))
+    write_atomic(folder / CONFIG, json.dumps(saved.to_dict(), default=sorted, indent=2, sort_keys=True))
     again = load_file(folder / WEIGHTS)
     if again.keys() != tensors.keys() or any(not torch.equal(again[k], tensors[k]) for k in tensors):
         raise UserError(f"{folder / WEIGHTS}: reads back differently from what was written; check the disk")

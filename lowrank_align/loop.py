@@ -114,7 +114,8 @@ class Loop:
         self.workers.together(lambda: allocate_moments(self.optimizer.optimizer))
         self._preflight()
         self.progress.start(s.method, self.total_steps, start)
-        if self.look_due or start == self.total_steps:  # the latter: killed between its last checkpoint and its end
+        killed_at_its_end = self.best.given_up or start == self.total_steps
+        if self.look_due or killed_at_its_end:
             figures = self.workers.of_first(lambda: _logged(self.run_folder.path / METRICS))
         if self.look_due:
             latest_evaluation = self._look(start, figures)
@@ -219,7 +220,9 @@ class Loop:
                 self._check_weights(step)
                 self.skips.in_a_row = 0
             else:
-                if self.accelerator.scaler is not None:
+                if self.accelerator.scaler is not None and math.isfinite(norm):
+                    self.accelerator.scaler.update()  # it looks at gradients alone, and would take this step
+                elif self.accelerator.scaler is not None:
                     self.optimizer.step()  # the scaler leaves the weights alone and lowers its scale
                 self._skip(f"loss {loss:.3g}, gradient norm {norm:.3g}: not finite", step)
         self.scheduler.step()
@@ -376,7 +379,7 @@ class Loop:
         if step == 0:
             return type(error)(f"{error}; the same command with --resume begins again")
         there = self.run_folder.checkpoints / f"step-{step}"
-        self.workers.of_first(lambda: None if there.exists() else self._write(step))
+        self.workers.of_first(lambda: None if checkpoint.verify(there, step) is None else self._write(step))
         return type(error)(
             f"{error}; step {step} of {self.total_steps} is saved, the same command with --resume goes on"
         )

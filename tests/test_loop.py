@@ -1,6 +1,7 @@
 """The loop's promises: the effective batch, memory that runs out, numbers that are not finite, what is kept."""
 
 import json
+import math
 import random
 import signal
 import sys
@@ -11,9 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
+from lowrank_align.checkpoint import verify
 from lowrank_align.errors import EnvironmentProblem, NumericError, Stopped, UserError
+from lowrank_align.loop import Loop
 from lowrank_align.methods.method import Method
 from lowrank_align.methods.sft import SFT
 from lowrank_align.stopping import StopSignals
@@ -355,6 +360,32 @@ def test_a_gradient_without_numbers_is_not_taken(run: Run, monkeypatch: pytest.M
     assert all(not tensor.any() for name, tensor in adapter_of(folder).items() if "lora_B" in name)
 
 
+def test_a_loss_without_numbers_under_a_scaler(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16's scaler looks at the gradients alone: with finite ones it would take the step that the loop counts as left
+    out. In step 2 the gradients are those of a finite loss; the scaler goes on in step 3."""
+    before, calls = Loop._step, SFT.step
+
+    def scaled(loop: Loop, number: int) -> Any:
+        if number == 1:
+            loop.accelerator.native_amp = True
+            loop.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+            loop.optimizer = AcceleratedOptimizer(loop.optimizer.optimizer, scaler=loop.accelerator.scaler)
+        seen.append(number)
+        return before(loop, number)
+
+    def step(self: Any, *arguments: Any) -> Any:
+        return calls(self, *arguments) * (math.nan if seen[-1:] == [2] else 1)
+
+    seen: list[int] = []
+    monkeypatch.setattr(Loop, "_step", scaled)
+    monkeypatch.setattr(SFT, "step", step)
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    folder = run("sft", ROWS, "run", max_steps=3, save_steps=1, keep_checkpoints=9, **FAST)
+    assert [line["skipped"] for line in metrics_of(folder)] == [0, 1, 1]
+    assert same(saved_at(folder, 1), saved_at(folder, 2))
+    assert not same(saved_at(folder, 2), saved_at(folder, 3))
+
+
 def test_the_last_step_without_numbers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run ends well, and its summary and model card hold no NaN either."""
     poison(monkeypatch, float("nan"), 3)
@@ -454,7 +485,10 @@ def test_early_stopping_over_a_resume(run: Run, eval_losses: list[float], tmp_pa
 
 
 def test_killed_after_it_stopped_early(run: Run, eval_losses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """3, 2, 2.5, 2: the last look was at step 4, and the run dies before its adapter is saved: no step 5 is trained."""
+    """3, 2, 2.5, 2: the last look was at step 4, and the run dies before its adapter is saved: no step 5 is trained,
+    and it ends with the figures of a run that lived."""
+    eval_losses += [3.0, 2.0, 2.5, 2.0]
+    whole = run("sft", ROWS, "whole", **EARLY, **FAST)
     eval_losses += [3.0, 2.0, 2.5, 2.0, 1.0]
     save = SFT.save
     monkeypatch.setattr(SFT, "save", lambda self, run: fail())
@@ -464,6 +498,8 @@ def test_killed_after_it_stopped_early(run: Run, eval_losses: list[float], monke
     folder = run("sft", ROWS, "run", resume=True, **EARLY, **FAST)
     assert len(metrics_of(folder)) == 4
     assert same(adapter_of(folder), saved_at(folder, 2))
+    ends = [json.loads((one / "run.json").read_text())["summary"] for one in (whole, folder)]
+    assert ends[0].keys() == ends[1].keys() and ends[0]["loss"] == ends[1]["loss"]
 
 
 def fail() -> None:
@@ -527,6 +563,27 @@ def test_samples(run: Run) -> None:
 def test_log_steps(run: Run) -> None:
     """Every third step, and the last."""
     assert [line["step"] for line in metrics_of(run("sft", ROWS, "run", max_steps=7, log_steps=3))] == [3, 6, 7]
+
+
+def test_a_damaged_checkpoint_is_not_said_to_be_saved(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The second step's checkpoint breaks, and a resumed run fails in the third: it writes the second's again."""
+    taken = SFT.round
+
+    def third_fails(self: Any, rows: Any, step: int, retry: Any) -> Any:
+        if step == 3:
+            raise UserError("the reward broke")
+        return taken(self, rows, step, retry)
+
+    monkeypatch.setattr(SFT, "round", third_fails)
+    with pytest.raises(UserError, match="step 2 of 4 is saved"):
+        run("sft", ROWS, "run", max_steps=4, save_steps=1, keep_checkpoints=9, **FAST)
+    there = tmp_path / "run/checkpoints/step-2"
+    (there / "tensors.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="step 2 of 4 is saved"):
+        run("sft", ROWS, "run", max_steps=4, save_steps=50, keep_checkpoints=9, resume=True, **FAST)
+    assert verify(there, 2) is None
 
 
 def test_checkpoints_kept(run: Run) -> None:

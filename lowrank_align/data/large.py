@@ -22,6 +22,7 @@ from lowrank_align.trees import TreeRow
 
 LARGE_BYTES = 64 * 2**20  # JSON Lines from this size on; below, rows are held as tokens
 Parse = Callable[[RawRow, int], Row]
+Seen = tuple[int, int, int]  # which file, when it was written last, its bytes: by these a change shows
 
 
 def is_large(path: Path) -> bool:
@@ -36,11 +37,18 @@ def is_large(path: Path) -> bool:
 class LargeFile(Sequence[Row]):
     """The good rows of a file, by their places in it."""
 
-    def __init__(self, path: Path, parse: Parse, places: array, lengths: array, numbers: array) -> None:  # type: ignore[type-arg]
-        self.path, self.parse = path, parse
+    def __init__(
+        self,
+        path: Path,
+        parse: Parse,
+        seen: Seen,
+        places: "array[int]",
+        lengths: "array[int]",
+        numbers: "array[int]",
+    ) -> None:
+        self.path, self.parse, self.seen = path, parse, seen
         self.places, self.lengths, self.numbers = places, lengths, numbers  # byte, bytes, 1-based line
         self._file = path.open("rb")
-        self._seen = _state(self._file)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -52,12 +60,17 @@ class LargeFile(Sequence[Row]):
     def __getitem__(self, place: int | slice) -> Row | list[Row]:
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
-        if _state(self._file) != self._seen:
+        if self.has_changed:
             raise EnvironmentProblem(f"{self.path}: was changed while it is trained on; put it back, then --resume")
         number = self.numbers[place]
         self._file.seek(self.places[place])
         line = self._file.read(self.lengths[place])
         return self.parse(row_of_line(f"{self.path.name}:{number}", line), number - 1)
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether the file is another than the one that was checked."""
+        return _seen(self._file) != self.seen
 
     def split(self, held_out: Iterable[int]) -> tuple["LargeFile", list[Row]]:
         """The rows without those places, and those."""
@@ -66,15 +79,19 @@ class LargeFile(Sequence[Row]):
             array(column.typecode, (value for place, value in enumerate(column) if place not in out))
             for column in (self.places, self.lengths, self.numbers)
         ]
-        return LargeFile(self.path, self.parse, *columns), [self[place] for place in sorted(out)]
+        return LargeFile(self.path, self.parse, self.seen, *columns), [self[place] for place in sorted(out)]
 
 
 def check_file(path: Path, parse: Parse, bad: BadRows) -> tuple[LargeFile, Counter[str], str]:
-    """Every row parsed once and let go: the good ones, how many were read as which format, the SHA-256 of the bytes."""
+    """Every row parsed once and let go: the good ones, how many were read as which format, the SHA-256 of the bytes.
+
+    EnvironmentProblem where the file changes meanwhile.
+    """
     places, lengths, numbers = array("Q"), array("I"), array("I")
     read_as: Counter[str] = Counter()
     digest, at = hashlib.sha256(), 0
     with path.open("rb") as file:
+        seen = _seen(file)
         for number, line in enumerate(file, start=1):
             digest.update(line)
             start, at = at, at + len(line)
@@ -91,13 +108,15 @@ def check_file(path: Path, parse: Parse, bad: BadRows) -> tuple[LargeFile, Count
             places.append(start)
             lengths.append(len(line.rstrip(b"\n")))
             numbers.append(number)
-    return LargeFile(path, parse, places, lengths, numbers), read_as, digest.hexdigest()
+    found = LargeFile(path, parse, seen, places, lengths, numbers)
+    if found.has_changed:
+        raise EnvironmentProblem(f"{path}: was changed while it was read; begin again")
+    return found, read_as, digest.hexdigest()
 
 
-def _state(file: BinaryIO) -> tuple[int, int]:
-    """By which a change shows: when it was written last, and its size."""
+def _seen(file: BinaryIO) -> Seen:
     found = os.fstat(file.fileno())
-    return found.st_mtime_ns, found.st_size
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 class LargeTrees(Sequence[TreeRow]):

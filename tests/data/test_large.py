@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from lowrank_align.data import large
-from lowrank_align.data.formats import Shape
+from lowrank_align.data.bad_rows import BadRows
+from lowrank_align.data.formats import Shape, parse_row
 from lowrank_align.data.load import drawn_places, load_rows, load_rows_of_any_size, split_off
 from lowrank_align.errors import EnvironmentProblem, UserError
 
@@ -118,6 +119,18 @@ def test_the_longest_are_known_without_tokens(file: Path, everything_is_large: N
     trees = large.LargeTrees(rows, renderer.tree_row, skip_bad=False, tell=print)
     every = [renderer.tree_row(row).tree for row in rows]
     assert [row.tokens for row in longest_rows(trees, 4)] == sorted((t.tokens for t in every if t), reverse=True)[:4]
+
+
+def test_a_file_that_changes_while_it_is_checked_is_noticed(file: Path, everything_is_large: None) -> None:
+    """The first line changes while the last is parsed: what was hashed is not what would be trained."""
+    lines = file.read_bytes()
+
+    def parse(raw: Any, place: int) -> Any:
+        file.write_bytes(lines.replace(b"0. Say", b"9. Say"))
+        return parse_row(raw.value, raw.where, place, expect=EXPECT)
+
+    with pytest.raises(EnvironmentProblem, match="pairs.jsonl: was changed while it was read"):
+        large.check_file(file, parse, BadRows())
 
 
 def test_a_file_that_changes_meanwhile_is_noticed(file: Path, everything_is_large: None) -> None:
