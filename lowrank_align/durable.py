@@ -46,11 +46,6 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def no_link(path: str, flags: int) -> int:
-    """An `opener` of `open` that follows no link: whoever made the folder may have put one where we write."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)  # Windows has none
-
-
 def sync_folder(folder: Path) -> None:
     """Make a rename or a new name in `folder` durable; Windows neither needs nor allows it."""
     if os.name == "nt":

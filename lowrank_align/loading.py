@@ -94,10 +94,9 @@ def model_folder(name: str, *, weights: bool = True) -> Path:
             raise UserError(
                 f"{name}: no config.json in this folder; --model takes a transformers model folder, a hub id or tiny"
             )
-        if odd := next(
-            (file for file in path.iterdir() if not (file.is_file() or file.is_dir()) and file.exists()), None
-        ):
-            raise UserError(f"{odd}: a pipe or device, which may never end; a model's folder holds files")
+        for file in path.iterdir():
+            if file.exists() and not file.is_file() and not file.is_dir():
+                raise UserError(f"{file}: a pipe or device, which may never end; a model's folder holds files")
         return path.resolve()
     if path.exists():
         raise UserError(f"{name}: is a file; --model takes a model folder, a hub id or tiny")

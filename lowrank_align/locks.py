@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from lowrank_align.durable import no_link
 from lowrank_align.errors import EnvironmentProblem, UserError
+from lowrank_align.links import no_link
 
 if sys.platform == "win32":
     import msvcrt

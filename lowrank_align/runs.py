@@ -12,15 +12,15 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lowrank_align.durable import LEFT_OVER, no_link, write_atomic, writing
+from lowrank_align.durable import LEFT_OVER, write_atomic, writing
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.json_files import read_json
+from lowrank_align.links import no_link, refuse_links
 from lowrank_align.locks import FileLock, is_held, owner
 
 log = logging.getLogger(__name__)
@@ -218,13 +218,6 @@ def check_output(path: Path, resume: bool, overwrite: bool) -> None:
         refuse_links(
             entry for name in (*SUBFOLDERS, SERVED) if name != "checkpoints" for entry in (path / name).rglob("*")
         )
-
-
-def refuse_links(entries: Iterable[Path]) -> None:
-    """UserError for the first that is a link or device: whoever made it chose what would be written or removed."""
-    for entry in entries:
-        if entry.is_symlink() or (entry.exists() and not entry.is_file() and not entry.is_dir()):
-            raise UserError(f"{entry}: a link or device, not written through; remove it, or choose another --out")
 
 
 def _entries(path: Path) -> set[str]:

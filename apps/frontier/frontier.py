@@ -15,8 +15,9 @@ from rich.console import Console
 from lowrank_align.config import FrontierSettings
 from lowrank_align.durable import write_atomic
 from lowrank_align.errors import EnvironmentProblem, UserError
+from lowrank_align.links import refuse_links
 from lowrank_align.locks import FileLock
-from lowrank_align.runs import check_place, refuse_links
+from lowrank_align.runs import check_place
 
 MARKER = ".frontier"
 REPORT_JSON, REPORT_MD = "report.json", "report.md"

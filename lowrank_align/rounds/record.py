@@ -9,7 +9,7 @@ from lowrank_align.config import RoundsSettings
 from lowrank_align.durable import write_atomic
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.json_files import read_json
-from lowrank_align.runs import refuse_links
+from lowrank_align.links import refuse_links
 
 RECORD = "rounds.json"
 # What may differ when rounds go on: how many, who waits for how much, and where it runs.
