@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lowrank_align.durable import write_atomic, writing
 from lowrank_align.errors import NumericError, UserError, nearest
 from lowrank_align.json_files import read_json
+from lowrank_align.links import stays
 from lowrank_align.provenance import check_same_base, folder_sha256
 from lowrank_align.skeleton import linear_layers
 
@@ -303,13 +304,6 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
             return {key.removeprefix(PREFIX): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}); the file is damaged") from error
-
-
-def stays(file: Path, given: Path) -> bool:
-    """Whether a file lies in the folder that was named, links followed; the hub's cache keeps links to its blobs."""
-    real, root = file.resolve(), given.resolve()
-    hub = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
-    return real.is_relative_to(root) or real.is_relative_to(hub)
 
 
 def read_config(folder: Path) -> dict[str, object]:

@@ -7,7 +7,6 @@ go on where the last attempt stopped. They are checked against the hub's SHA-256
 
 import errno
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -21,7 +20,9 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationE
 from huggingface_hub.file_download import are_symlinks_supported, http_get, repo_folder_name, try_to_load_from_cache
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, tqdm  # type: ignore[attr-defined]
 
+from lowrank_align.durable import write_atomic
 from lowrank_align.errors import EnvironmentProblem, Stopped, UserError
+from lowrank_align.json_files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,10 @@ def fetch(name: str, *, weights: bool = True, hint: str = "") -> Path:
             raise Stopped(f"{name}: download interrupted; the same command goes on where it stopped") from None
         except (NETWORK_ERROR, OSError, RuntimeError) as error:  # RuntimeError: what hf_xet raises
             raise _problem(name, error) or _broke_off(name, error) from error
-    return Path(str(try_to_load_from_cache(name, CONFIG, revision=commit))).parent
+    config = try_to_load_from_cache(name, CONFIG, revision=commit)
+    if not isinstance(config, str):
+        raise EnvironmentProblem(f"{name}: {CONFIG} is not in {constants.HF_HUB_CACHE} after the download; try again")
+    return Path(config).parent
 
 
 # ---- which files
@@ -129,8 +133,8 @@ def _lacking(folder: Path) -> str | None:
     if not index.is_file():
         return None if any(folder.glob("*.safetensors")) else SINGLE
     try:
-        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        shards = sorted(set(read_json(index)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return INDEX
     return next((shard for shard in shards if not (folder / shard).is_file()), None)
 
@@ -157,7 +161,10 @@ def _download(name: str, commit: str, files: list[_File], missing: list[_File]) 
     """Small files first, so that a gated or broken model shows before gigabytes have come."""
     resumable = [file for file in missing if file.is_weights and file.sha256]
     whole = [file.name for file in files if file not in resumable]
-    snapshot_download(name, allow_patterns=whole, tqdm_class=_Bar)  # also notes which commit the branch is at
+    snapshot_download(name, revision=commit, allow_patterns=whole, tqdm_class=_Bar)  # of the files that were listed
+    branch = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "refs" / "main"
+    branch.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(branch, commit)  # as the hub's library notes it, which finds the model by it without a network
     for file in resumable:
         _fetch_resumably(name, commit, file)
         hf_hub_download(name, file.name, revision=commit)  # finds the blob, and links it

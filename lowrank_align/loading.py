@@ -94,6 +94,9 @@ def model_folder(name: str, *, weights: bool = True) -> Path:
             raise UserError(
                 f"{name}: no config.json in this folder; --model takes a transformers model folder, a hub id or tiny"
             )
+        for file in path.iterdir():
+            if file.exists() and not file.is_file() and not file.is_dir():
+                raise UserError(f"{file}: a pipe or device, which may never end; a model's folder holds files")
         return path.resolve()
     if path.exists():
         raise UserError(f"{name}: is a file; --model takes a model folder, a hub id or tiny")

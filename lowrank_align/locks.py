@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from lowrank_align.errors import EnvironmentProblem, UserError
+from lowrank_align.links import no_link
 
 if sys.platform == "win32":
     import msvcrt
@@ -43,10 +44,12 @@ class FileLock:
             raise EnvironmentProblem(f"{self.path}: could not be written: {error.strerror}") from error
 
     def _take(self) -> bool:
+        if self.path.is_symlink():
+            raise UserError(f"{self.path}: a link, which no lock is; remove it")
         try:
-            self._file = open(self.path, "a+b")  # noqa: SIM115  held until release
+            self._file = open(self.path, "a+b", opener=no_link)  # noqa: SIM115  held until release
         except OSError as error:
-            raise EnvironmentProblem(f"{self.path}: cannot be written: {error.strerror}") from error
+            raise EnvironmentProblem(f"{self.path}: cannot be written: {error.strerror or error}") from error
         if _lock_file(self._file.fileno(), self.path):
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):

@@ -20,6 +20,7 @@ from typing import Any, Self
 from lowrank_align.durable import LEFT_OVER, write_atomic, writing
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.json_files import read_json
+from lowrank_align.links import no_link, refuse_links
 from lowrank_align.locks import FileLock, is_held, owner
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def open_run(path: Path, *, resume: bool, overwrite: bool, method: str = "") -> 
     """Take the folder `path` for a run of `method` and lock it; use the result in a `with`.
 
     Raises UserError where the folder holds something and neither flag says what to do with it, where `overwrite`
-    would remove anything but a run, or where another process has it.
+    would remove anything but a run, where another process has it, or where a link in it leads elsewhere.
     """
     path = Path(path)
     if resume and overwrite:
@@ -131,7 +132,7 @@ class RunFolder:
         write_atomic(self.path / STATE, json.dumps(_finite(self._state), indent=2) + "\n")
 
     def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
-        with writing(self.path / name), open(self.path / name, "ab") as file:
+        with writing(self.path / name), open(self.path / name, "ab", opener=no_link) as file:
             file.writelines(_json_line(line) for line in lines)
 
 
@@ -211,6 +212,12 @@ def check_output(path: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(f"{path}: holds files but is no run, so it is left alone; choose another --out")
     if overwrite:
         refuse_protected(path)
+    else:
+        refuse_links(path / name for name in KNOWN_ENTRIES)
+        # checkpoints pass over links, and write into new folders only
+        refuse_links(
+            entry for name in (*SUBFOLDERS, SERVED) if name != "checkpoints" for entry in (path / name).rglob("*")
+        )
 
 
 def _entries(path: Path) -> set[str]:

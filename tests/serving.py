@@ -24,7 +24,7 @@ Trouble = Callable[["Handler", Reply], None]  # does what goes wrong, instead of
 def ready(server: "SmallServer", folder: Path, monkeypatch: Any, reward: str, body: str, attempts: int) -> None:
     """As just started, asked so often without a pause; the current folder is `folder`, with the function `reward`."""
     module, name = reward.split(":")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # where nobody is: it is not asked about this machine
     monkeypatch.setattr(client, "PAUSES_SECONDS", (0.0,) * (attempts - 1))
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -226,13 +226,34 @@ def silence(handler: Handler, reply: Reply) -> None:
     handler.outer.over.wait(30)
 
 
+def drips(handler: Handler, reply: Reply) -> None:
+    """A byte at a time, each long before a read's time is up."""
+    with suppress(OSError):
+        handler.send_response(200)
+        handler.end_headers()
+        while not handler.outer.over.wait(0.05):
+            handler.wfile.write(b" ")
+
+
+def drips_headers(handler: Handler, reply: Reply) -> None:
+    with suppress(OSError):
+        handler.wfile.write(b"HTTP/1.0 200 OK\r\nX: ")
+        while not handler.outer.over.wait(0.05):
+            handler.wfile.write(b"x")
+
+
+SLOW: dict[str, Trouble] = {
+    "no reply in time": silence,
+    "a reply that drips": drips,
+    "headers that drip": drips_headers,
+}
 PASSING: dict[str, Trouble] = {  # another attempt may help
     "HTTP 500": status(500),
     "HTTP 503": status(503),
     "HTTP 429": status(429, "too many"),
     "connection closed without a reply": hang_up,
     "connection closed within the reply": cut,
-    "no reply in time": silence,
+    **SLOW,
     "a page instead of JSON": body("<html>no</html>"),
     "JSON of something else": body('{"choices": 7}'),
     "JSON nested too deep": body("[" * 100_000),

@@ -49,6 +49,16 @@ def test_a_folder_that_no_demo_wrote_is_left_alone(
     assert (tmp_path / "letter.txt").read_text() == "dear"
 
 
+def test_a_demo_on_another_disk_is_replaced(tmp_path: Path) -> None:
+    """The folder is a link: what is in it goes, the link stays."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / demo_module.MARKER).touch()
+    (tmp_path / "elsewhere" / "of an older demo").touch()
+    (tmp_path / "demo").symlink_to(tmp_path / "elsewhere")
+    demo_module._clear(tmp_path / "demo")
+    assert [file.name for file in (tmp_path / "elsewhere").iterdir()] == [demo_module.MARKER]
+
+
 @pytest.mark.parametrize(("flag", "value", "model"), [("--model", "m", "m"), ("--preset", "qwen3-4b", "Qwen/Qwen3-4B")])
 def test_another_model_needs_a_score(flag: str, value: str, model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", flag, value]) == 2

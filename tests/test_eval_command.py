@@ -226,7 +226,7 @@ def test_a_judge_behind_an_address(measure: Callable[..., Any], monkeypatch: pyt
         def log_message(self, *_: Any) -> None:
             """Not into the test's output."""
 
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # not asked about this machine
     monkeypatch.setenv("LOWRANK_JUDGE_KEY", "sk-verysecret")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -262,6 +262,10 @@ def test_a_judge_behind_an_address(measure: Callable[..., Any], monkeypatch: pyt
         ("--reward trained/reward --perplexity-data p", "reward: give --data with pairs (or --store with votes) to "
          "measure it on"),
         ("--store s --by x", "by: a column of --data, which is not given"),
+        ("--store s --judge http://x/v1?api_key=sk-secret", "judge: http://x: a key does not belong into the address, "
+         "nor does what follows ? or #; put it into the environment variable LOWRANK_JUDGE_KEY"),
+        ("--store s --judge HTTP://me:sk-secret@x/v1", "judge: http://x: a key does not belong into the address, "
+         "nor does what follows ? or #; put it into the environment variable LOWRANK_JUDGE_KEY"),
         ("--prompts prompts.jsonl --judge http://x/v1", "judge: http://x/v1 compares two answers; give --against"),
         ("--prompts prompts.jsonl --judge http://x/v1 --against base", "judge_model: the name of the model to ask for "
          "at the address is missing"),

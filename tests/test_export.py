@@ -1,5 +1,6 @@
 """`lowrank-align export`, from a run to a folder that other programs load, and what it refuses."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lowrank_align.export import merge as merging
 from lowrank_align.export.gguf import SCRIPT
+from tests.conftest import TURNS
 
 CONTEXT = 256
 
@@ -250,6 +252,20 @@ def test_gguf_with_a_stand_in_for_the_converter(
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
 
 
+def test_a_template_on_record_is_taken_while_it_is_the_same(
+    export: Callable[..., Any], trained: Path, tmp_path: Path
+) -> None:
+    mine, text = tmp_path / "mine.jinja", TURNS + "{# mine #}"
+    mine.write_text(text)
+    shutil.copytree(trained / "sft", tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    record["config"]["chat_template"] = str(mine)
+    record["template_hash"] = hashlib.sha256(text.encode()).hexdigest()
+    (tmp_path / "run" / "provenance.json").write_text(json.dumps(record))
+    assert export(tmp_path / "run", "--to", "adapter").code == 0
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == text
+
+
 def test_mistakes_are_one_line(
     export: Callable[..., Any], trained: Path, model_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -264,7 +280,14 @@ def test_mistakes_are_one_line(
     shutil.copytree(trained / "sft", gone)
     record = json.loads((gone / "provenance.json").read_text()) | {"base": "/no/such/base"}
     (gone / "provenance.json").write_text(json.dumps(record))
+    theirs, private = tmp_path / "theirs", tmp_path / "private.txt"
+    private.write_text("{{ messages }} of mine")
+    shutil.copytree(trained / "sft", theirs)
+    record = json.loads((theirs / "provenance.json").read_text())
+    record["config"]["chat_template"] = str(private)
+    (theirs / "provenance.json").write_text(json.dumps(record))
     cases: list[tuple[Any, tuple[object, ...], str]] = [
+        (theirs, ("--to", "adapter"), f"its chat template {private} is gone or has changed since; name one with"),
         ("nothing", (), "no such run or adapter folder"),
         (unfinished, (), "not finished (stopped at step 1); --resume it first"),
         (value, (), "is a value model, of use to PPO alone"),

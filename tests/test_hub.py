@@ -71,6 +71,7 @@ class FakeHub(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answers)
         self.files = FILES | UNREAD
+        self.commit = COMMIT  # where the branch is
         self.requests: list[Request] = []
         self.breaks: list[int] = []  # after how many bytes the next answers with weights break off
         self.refuse: Callable[[Request], tuple[int, dict[str, str]] | None] = lambda request: None
@@ -106,18 +107,19 @@ class Answers(http.server.BaseHTTPRequestHandler):
         self.server.requests.append(request)
         if refused := self.server.refuse(request):
             self._send(refused[0], b"", refused[1])
-        elif path in (f"/api/models/{NAME}", f"/api/models/{NAME}/revision/main"):
-            self._send_json({"id": NAME, "sha": COMMIT, "siblings": [self._sibling(n) for n in self.server.files]})
+        elif match := re.fullmatch(rf"/api/models/{NAME}(?:/revision/(\w+))?", path):
+            commit = match[1] if match[1] == COMMIT else self.server.commit
+            self._send_json({"id": NAME, "sha": commit, "siblings": [self._sibling(n) for n in self.server.files]})
         elif path.startswith(f"/api/models/{NAME}/tree/"):
             self._send_json([self._leaf(name) for name in self.server.files])
-        elif match := re.fullmatch(rf"/{NAME}/resolve/\w+/(.+)", path):
-            self._send_file(match[1])
+        elif match := re.fullmatch(rf"/{NAME}/resolve/(\w+)/(.+)", path):
+            self._send_file(match[2], match[1] if match[1] == COMMIT else self.server.commit)
         else:
             self._send(401, b"", {"X-Error-Code": "RepoNotFound"})
 
-    def _send_file(self, name: str) -> None:
+    def _send_file(self, name: str, commit: str) -> None:
         content = self.server.files[name]
-        head = {"X-Repo-Commit": COMMIT, "ETag": f'"{etag(name, content)}"', "Accept-Ranges": "bytes"}
+        head = {"X-Repo-Commit": commit, "ETag": f'"{etag(name, content)}"', "Accept-Ranges": "bytes"}
         start = 0
         if asked := self.headers["Range"]:
             start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])  # type: ignore[index]
@@ -248,6 +250,36 @@ def test_other_libraries_find_it(online: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert huggingface_hub.hf_hub_download(NAME, "model.safetensors") == str(folder / "model.safetensors")
     assert huggingface_hub.snapshot_download(NAME, allow_patterns=list(FILES)) == str(folder)
+
+
+def test_a_branch_that_moves_during_the_download(
+    server: FakeHub, online: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was listed is what comes, and what is found without a network."""
+
+    def listed(request: Request) -> None:
+        if len(server.requests) > 1:
+            server.commit = "d" * 40
+
+    server.refuse = listed
+    folder = hub.fetch(NAME)
+    assert folder == online / "models--someone--some-model" / "snapshots" / COMMIT
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert again() == folder
+
+
+def test_a_settings_file_that_is_not_found_after_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never the current folder."""
+    monkeypatch.setattr(hub, "_download", lambda *_: None)
+    assert str(refused()).startswith(f"{NAME}: config.json is not in ")
+
+
+def test_an_index_nested_deep(server: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.files = {"config.json": b"{}", "model.safetensors.index.json": b"[" * 100_000, "model.safetensors": WEIGHTS}
+    hub.fetch(NAME)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert str(refused()).startswith(f"{NAME}: model.safetensors.index.json is not in the hub's cache")
 
 
 def test_rows_and_plans_need_no_weights(server: FakeHub) -> None:

@@ -1,6 +1,7 @@
 """Bringing a model into memory: frozen and quantised as asked, or one line that says what is wrong with it."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -142,6 +143,14 @@ def test_compute_precision(
 
 
 # ---- models that are not there
+
+
+def test_a_pipe_in_a_models_folder(folder: Path) -> None:
+    """A reader of it would wait for ever."""
+    (folder / "tokenizer.json").unlink()
+    os.mkfifo(folder / "tokenizer.json")
+    with pytest.raises(UserError, match="tokenizer.json: a pipe or device, which may never end"):
+        loading.model_folder(str(folder))
 
 
 def test_a_folder_that_is_not_there(folder: Path) -> None:

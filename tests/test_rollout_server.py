@@ -15,7 +15,7 @@ from lowrank_align.progress import Progress
 from lowrank_align.rollout import Rollout, sample
 from lowrank_align.rollout_server import RolloutServer
 from lowrank_align.stopping import StopSignals
-from tests.serving import SmallServer, Trouble, cut, ready, silence, status
+from tests.serving import SLOW, SmallServer, Trouble, cut, ready, status
 
 PROMPTS = [{"prompt": prompt} for prompt in ("Say a: ", "Write of the sea, please: ", "b ", "And then? ")]
 SMALL: dict[str, Any] = {"max_new_tokens": 8, "batch_size": 4, "reward": "served_reward:es"}
@@ -362,9 +362,11 @@ def test_in_the_middle_the_steps_before_are_kept(run: Callable[..., Path], serve
     assert outcome(run("grpo", PROMPTS, "run", resume=True, **knobs)) == whole
 
 
-def test_too_slow(served: Callable[..., Any], server: SmallServer) -> None:
+@pytest.mark.parametrize("kind", SLOW)
+def test_too_slow(kind: str, served: Callable[..., Any], server: SmallServer) -> None:
+    """The limit is for the whole reply, whatever comes in the meantime."""
     method, rows = served(rollout_server_seconds=0.3)
-    server.trouble = at("/v1/completions", silence)
+    server.trouble = at("/v1/completions", SLOW[kind])
     with pytest.raises(EnvironmentProblem, match=r"no reply within 0.3 s, 3 times$"):
         method.roll_out(rows[:1], 1, no_retry)
     server.over.set()
@@ -419,6 +421,15 @@ def test_settings_that_are_refused_and_not_repeated(given: dict[str, str], said:
     with pytest.raises(UserError) as raised:
         resolve(METHODS["grpo"], GIVEN | given)
     assert said in str(raised.value)
+    assert SECRET not in str(raised.value)
+
+
+def test_a_file_that_names_an_address_is_refused_without_the_key_in_it(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"rollout_server: http://me:{SECRET}@host:9/v1?key={SECRET}\n")
+    with pytest.raises(
+        UserError, match="rollout_server: http://host:9 is an address, which no file may name"
+    ) as raised:
+        resolve(METHODS["grpo"], GIVEN, tmp_path / "c.yaml")
     assert SECRET not in str(raised.value)
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from lowrank_align.config import RoundsSettings
 from lowrank_align.data.formats import parse_row
-from lowrank_align.errors import Stopped
-from lowrank_align.rounds.collecting import annotators_of, as_unpaired, judged_since, of_round, together
+from lowrank_align.errors import Stopped, UserError
+from lowrank_align.rounds.collecting import annotators_of, as_unpaired, judged_since, of_round, read_lines, together
 from lowrank_align.store import Completion, Judgement, Record, Store
 
 Command = Callable[..., Any]
@@ -178,6 +178,30 @@ def test_rounds_wait_for_people(command: Command, files: Path, tiny_llama: Path)
 
 
 # ---- mistakes
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, "[1]\n", "\udcff"])
+def test_lines_that_no_round_wrote(content: str, tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text(content, errors="surrogateescape")
+    with pytest.raises(UserError, match=r"pairs.jsonl: damaged \(.*\); restore it, or choose another --out$"):
+        read_lines(tmp_path / "pairs.jsonl")
+
+
+def test_a_kill_while_the_pairs_are_written(rounds: Command, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever of the round was there by then, the same command goes on."""
+    module = import_module("lowrank_align.rounds.rounds")
+    flags = ("--out", "all", "--annotator", "pool", "--rounds", 1, "--held-out", 0, "--method", "dpo")
+    whole = module.write_lines
+
+    def killed(path: Path, lines: Any) -> None:
+        whole(path, lines)
+        if path.name == "pairs.jsonl":
+            raise Stopped("killed")
+
+    monkeypatch.setattr(module, "write_lines", killed)
+    assert rounds(*flags).code == 75
+    monkeypatch.setattr(module, "write_lines", whole)
+    assert rounds(*flags).code == 0
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ So every method can be held against the truth, which no real preference data all
 """
 
 import json
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from lowrank_align.memory import peak_bytes, reset_peak
 from lowrank_align.presets import read_preset
 from lowrank_align.progress import Progress
 from lowrank_align.rewards import RewardFunction, load_function
+from lowrank_align.runs import empty, refuse_protected
 from lowrank_align.tiny import demonstrations, prompts, simulated_pairs, tiny_path
 from lowrank_align.train import train
 
@@ -226,6 +226,7 @@ def _clear(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARKER).is_file():
             raise UserError(f"{folder}: holds files that no demo wrote; choose another --out")
-        shutil.rmtree(folder)
+        refuse_protected(folder)
+        empty(folder)  # also where it is a link to another disk
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).write_text("made by lowrank-align demo; replaced by the next one\n", encoding="utf-8")

@@ -15,6 +15,7 @@ from rich.console import Console
 from lowrank_align.config import FrontierSettings
 from lowrank_align.durable import write_atomic
 from lowrank_align.errors import EnvironmentProblem, UserError
+from lowrank_align.links import refuse_links
 from lowrank_align.locks import FileLock
 from lowrank_align.runs import check_place
 
@@ -101,6 +102,7 @@ def _take(out: Path) -> None:
         raise UserError(f"{out}: is a file; name a folder with --out")
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
         raise UserError(f"{out}: holds files that no frontier wrote; choose another --out")
+    refuse_links(out.rglob("*"))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowrank_align.durable import write_atomic
+from lowrank_align.json_files import read_json
 
 Kind = Literal["start", "policy", "reward", "best_of"]
 DONE, START = "done.json", "start"
@@ -86,7 +87,7 @@ def _folder(out: Path, name: str, seed: int, key: str) -> Path:
 def read_done(folder: Path) -> dict[str, Any] | None:
     """The task's result; None where it is not finished."""
     try:
-        found = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        found = read_json(folder / DONE)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

@@ -2,15 +2,18 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lowrank_align.config.knobs import Coefficient, ModelSettings, NotNegative, Positive, Rate
 from lowrank_align.config.online import is_function
+from lowrank_align.servers import check_address
+
+JUDGE_KEY = "LOWRANK_JUDGE_KEY"
 
 
 def is_address(judge: str) -> bool:
     """An http address, as against a reward run or a function."""
-    return judge.startswith(("http://", "https://"))
+    return judge.lower().startswith(("http://", "https://"))
 
 
 class EvalSettings(ModelSettings):
@@ -67,6 +70,15 @@ class EvalSettings(ModelSettings):
     """The folder for report.json, report.md, plots and answers.jsonl. It must not exist, unless with --overwrite."""
     overwrite: bool = False
     """Replace the report in OUT."""
+
+    @field_validator("judge")
+    @classmethod
+    def _addresses_without_key(cls, value: list[str] | None) -> list[str] | None:
+        """They are written into the report and its answers."""
+        for judge in value or []:
+            if is_address(judge):
+                check_address(judge, f"the environment variable {JUDGE_KEY}")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> "EvalSettings":

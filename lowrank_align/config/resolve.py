@@ -15,6 +15,7 @@ from lowrank_align.config.online import is_function
 from lowrank_align.config.training import ADAPTERS_OWN, TrainSettings
 from lowrank_align.config.yaml_files import first_problem, read_yaml
 from lowrank_align.errors import UserError, nearest
+from lowrank_align.servers import shown_address
 
 OUTSIDE = {"reward", "score", "judge", "rollout_server"}  # a module:function, which is imported, or an address
 OF_THE_MOMENT = {"resume", "overwrite", "gpu", "auto", "force"}  # about this start of the run, not about the run
@@ -91,9 +92,9 @@ def _refuse_outside(given: Mapping[str, Any], where: Mapping[str, str]) -> None:
     for key in OUTSIDE & given.keys():
         for text in given[key] if isinstance(given[key], list) else [given[key]]:
             if where[key] and _is_outside(text):
-                what = "an address" if is_address(text) else "Python code"
-                flag = f"--{key.replace('_', '-')} {text}"
-                raise UserError(f"{where[key]}{key}: {text} is {what}, which no file may name; give {flag} yourself")
+                what, said = ("an address", shown_address(text)) if is_address(text) else ("Python code", text)
+                flag = f"--{key.replace('_', '-')} {said}"
+                raise UserError(f"{where[key]}{key}: {said} is {what}, which no file may name; give {flag} yourself")
 
 
 def _refuse_unusable(given: Mapping[str, Any], where: Mapping[str, str]) -> None:

@@ -2,12 +2,12 @@
 
 import re
 from typing import Literal
-from urllib.parse import urlsplit
 
 from pydantic import field_validator, model_validator
 
 from lowrank_align.config.knobs import Rate
 from lowrank_align.config.training import TrainSettings
+from lowrank_align.servers import check_address
 
 
 class SamplerSettings(TrainSettings):
@@ -26,20 +26,8 @@ class SamplerSettings(TrainSettings):
     @classmethod
     def _address_without_key(cls, value: str | None) -> str | None:
         """The address is written down with the run, so nothing secret may stand in it; it is not repeated here."""
-        if value is None:
-            return None
-        try:
-            parts = urlsplit(value)
-            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:
-            is_address = False
-        if not is_address:
-            raise ValueError("no address; it looks like http://127.0.0.1:8000/v1")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError(
-                "a key does not belong into the address; put it into an environment variable and name that with"
-                " rollout_server_key_env"
-            )
+        if value is not None:
+            check_address(value, "the environment variable that rollout_server_key_env names")
         return value
 
     @field_validator("rollout_server_key_env")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lowrank_align.errors import EnvironmentProblem, UserError, nearest
+from lowrank_align.links import stays
 
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz", ".parquet")
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -98,7 +99,15 @@ def _open_folder(folder: Path, split: str) -> RawSource:
         if not files:
             there = ", ".join(sorted({name for name in splits.values() if name}))
             raise UserError(f"{folder}: no file of the split {split} (there are: {there})")
+    _refuse_outside(files, folder)
     return _open_files(files, folder)
+
+
+def _refuse_outside(files: list[Path], folder: Path) -> None:
+    """A folder may be somebody else's, and its rows are shown, trained on and passed on."""
+    for file in files:
+        if not stays(file, folder):
+            raise UserError(f"{file}: leads out of {folder}; put the file itself there, or name it alone")
 
 
 def _split_in_name(path: Path) -> str | None:
@@ -119,8 +128,10 @@ def _open_saved_dataset(folder: Path, split: str) -> RawSource:
             raise UserError(f"{folder}: no split {split} (there are: {', '.join(dataset)})")
         dataset = dataset[split]
     digest = hashlib.sha256()
-    for file in sorted(entry["filename"] for entry in dataset.cache_files):
-        digest.update(Path(file).read_bytes())
+    files = [Path(name) for name in sorted(entry["filename"] for entry in dataset.cache_files)]
+    _refuse_outside(files, folder)
+    for file in files:
+        digest.update(file.read_bytes())
     return RawSource(_dataset_rows(folder.name, dataset), digest.hexdigest())
 
 

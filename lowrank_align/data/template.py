@@ -48,6 +48,7 @@ The generation prompt is `Assistant:` without a space: the space belongs to the 
 in generation alike.
 """
 
+TEMPLATE_BYTES = 1_000_000
 _ASKED, _ANSWERED, _ASKED_AGAIN = "Qzxa", "Qzxb", "Qzxc"  # contents that no template writes by itself
 _SWITCHES = ("enable_thinking", "thinking")  # what templates call the variable that lets the model think or not
 
@@ -256,11 +257,21 @@ def _choose(tokenizer: "PreTrainedTokenizerBase", named: str | None) -> tuple[st
         return names[named], "named by the user"
     path = Path(named).expanduser()
     try:
-        return path.read_text(encoding="utf-8"), "named by the user"
+        return read_template(path), "named by the user"
     except FileNotFoundError:
         known = [*names, "plain", *(file.name for file in path.parent.glob("*.jinja"))]
         raise UserError(
             f"chat_template: {named}: no such file, nor a template of the tokenizer{nearest(path.name, known)}"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"chat_template: {named}: cannot be read ({error})") from None
+
+
+def read_template(file: Path) -> str:
+    """A template's text. OSError, or ValueError, which says what is wrong with the file."""
+    size = file.stat().st_size
+    if not file.is_file():
+        raise ValueError("no regular file")
+    if size > TEMPLATE_BYTES:
+        raise ValueError(f"over {TEMPLATE_BYTES // 1_000_000} MB; a template is a few pages")
+    return file.read_text(encoding="utf-8")

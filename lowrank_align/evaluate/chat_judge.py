@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from lowrank_align.config.evaluation import JUDGE_KEY
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.evaluate.outcomes import Outcome
 from lowrank_align.servers import NoReply, Refused, Server
 
-KEY = "LOWRANK_JUDGE_KEY"
 AT_ONCE = 4
 ATTEMPTS = 2
 REPLY_TOKENS = 1024
@@ -65,7 +65,9 @@ class ChatJudge:
     troubles: Counter[str] = field(default_factory=Counter)  # questions without a verdict, by why
 
     def __post_init__(self) -> None:
-        self._server = Server(self.address, named_by="--judge", key_variable=KEY, timeout_seconds=self.timeout_seconds)
+        self._server = Server(
+            self.address, named_by="--judge", key_variable=JUDGE_KEY, timeout_seconds=self.timeout_seconds
+        )
         path = self._server.parts.path.rstrip("/")
         self._path = path if path.endswith("/completions") else f"{path}/chat/completions"
 
@@ -120,7 +122,7 @@ class ChatJudge:
             found: Any = json.loads(reply)
             return str(found["choices"][0]["message"]["content"] or "")
         except Refused as refused:
-            hint = f"; is the variable {KEY} set and right?" if refused.code in (401, 403) else ""
+            hint = f"; is the variable {JUDGE_KEY} set and right?" if refused.code in (401, 403) else ""
             raise UserError(f"--judge: {self.address}: refused with HTTP {refused.code}{hint}") from None
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
             raise NoReply("no reply (not the JSON of a chat completion)") from None

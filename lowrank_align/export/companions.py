@@ -16,6 +16,7 @@ from lowrank_align.data.messages import Message
 from lowrank_align.errors import UserError
 from lowrank_align.export.source import NAMES, Source
 from lowrank_align.json_files import read_json
+from lowrank_align.links import stays
 from lowrank_align.provenance import for_publishing
 
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
@@ -36,10 +37,10 @@ def write_companions(folder: Path, source: Source, dtype: Any = None, *, states_
     """
     for pattern in (*TOKENIZER_FILES, *LICENCES, *(() if source.renamed else PROCESSORS)):
         for file in source.base.glob(pattern):
-            if file.is_file() and adapters.stays(file, source.base):  # exports get published
+            if file.is_file() and stays(file, source.base):  # exports get published
                 shutil.copyfile(file, folder / file.name)  # not copy: the hub's cache is read-only
     if (templates := source.base / "additional_chat_templates").is_dir():
-        inside = [file.name for file in templates.glob("*.jinja") if adapters.stays(file, source.base)]
+        inside = [file.name for file in templates.glob("*.jinja") if stays(file, source.base)]
         leave_out = shutil.ignore_patterns("*") if not inside else lambda _, names: set(names) - set(inside)
         shutil.copytree(templates, folder / templates.name, ignore=leave_out, copy_function=shutil.copyfile)
     _write_tokenizer_settings(folder, source, states_bos)

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from lowrank_align.durable import write_atomic
 from lowrank_align.errors import EnvironmentProblem, UserError
+from lowrank_align.links import refuse_links
 from lowrank_align.provenance import file_sha256, versions
 from lowrank_align.runs import FolderLock, check_place, refuse_protected
 
@@ -56,6 +57,7 @@ class ExportFolder:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.path = out.absolute().with_name(f".{out.name}.exporting")
+        refuse_links([self.path])
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -1,5 +1,6 @@
 """What is exported: an adapter, the base it was made for, and how the two were trained; all checked without weights."""
 
+import hashlib
 import logging
 import re
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from lowrank_align import adapters
 from lowrank_align.config import ExportSettings
 from lowrank_align.data.chat import Renderer
+from lowrank_align.data.template import read_template
 from lowrank_align.devices import DTYPES, Quantize
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.loading import language_model, model_folder, read_config, read_tokenizer
@@ -124,7 +126,7 @@ def _renderer(settings: ExportSettings, model: str, record: dict[str, Any], run:
         thinking = trained.get("thinking")
     renderer = Renderer(
         tokenizer,
-        chat_template=settings.chat_template or trained.get("chat_template"),
+        chat_template=settings.chat_template or _trained_template(record, tokenizer, run),
         max_length=min(_length(trained.get("max_length"), context), context),
         thinking=thinking,
         thinking_if_possible=unasked,
@@ -132,6 +134,23 @@ def _renderer(settings: ExportSettings, model: str, record: dict[str, Any], run:
     if record.get("template_hash") not in (None, renderer.template_hash()) and settings.chat_template is None:
         log.warning("%s: the chat template is no longer the one that %s was trained with", model, run)
     return renderer, context
+
+
+def _trained_template(record: dict[str, Any], tokenizer: Any, run: Path) -> str | None:
+    """The template on record. A file only with the text that the record has the hash of: it names any of the user's,
+    and what it holds is published."""
+    named, own = (record.get("config") or {}).get("chat_template"), tokenizer.chat_template
+    if not isinstance(named, str):
+        return None
+    if named == "plain" or (isinstance(own, dict) and named in own):
+        return named
+    try:
+        found = hashlib.sha256(read_template(Path(named).expanduser()).encode()).hexdigest()
+    except (OSError, ValueError):
+        found = None
+    if found is None or found != record.get("template_hash"):
+        raise UserError(f"{run}: its chat template {named} is gone or has changed since; name one with --chat-template")
+    return named
 
 
 def _length(recorded: Any, context: int) -> int:

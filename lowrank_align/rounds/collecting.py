@@ -15,7 +15,7 @@ from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import Row
 from lowrank_align.data.stored import export_rows
 from lowrank_align.durable import write_atomic
-from lowrank_align.errors import Stopped
+from lowrank_align.errors import Stopped, UserError
 from lowrank_align.pairs import draw_pairs
 from lowrank_align.rewards import load_function
 from lowrank_align.store import Store
@@ -118,8 +118,14 @@ def as_unpaired(lines: Iterable[Line]) -> list[Line]:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """JSON Lines that a round wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """JSON Lines that a round wrote; UserError where they are none any more."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}); restore it, or choose another --out") from None
+    if not all(isinstance(line, dict) for line in lines):
+        raise UserError(f"{path}: damaged (no object a line); restore it, or choose another --out")
+    return lines
 
 
 def write_lines(path: Path, lines: Iterable[Line]) -> None:

@@ -9,6 +9,7 @@ from lowrank_align.config import RoundsSettings
 from lowrank_align.durable import write_atomic
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.json_files import read_json
+from lowrank_align.links import refuse_links
 
 RECORD = "rounds.json"
 # What may differ when rounds go on: how many, who waits for how much, and where it runs.
@@ -34,7 +35,7 @@ class RoundResult:
 class Record:
     """The rounds of a folder so far.
 
-    UserError where they were made by other settings, or where the folder holds something else.
+    UserError where they were made by other settings, or where the folder holds something else or links.
     """
 
     def __init__(self, out: Path, settings: RoundsSettings) -> None:
@@ -42,6 +43,7 @@ class Record:
         self.settings = {k: v for k, v in settings.model_dump(mode="json").items() if k not in MAY_CHANGE}
         self.rounds: list[RoundResult] = []
         if self.file.is_file():
+            refuse_links(out.rglob("*"))
             self._read(out)
             return
         if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -12,7 +12,6 @@ from lowrank_align.config import METHODS, RoundsSettings, TrainSettings, read_ya
 from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.data.load import load_rows, split_off
-from lowrank_align.durable import write_atomic
 from lowrank_align.errors import UserError, nearest
 from lowrank_align.evaluate.answers import Asked, Side, draw
 from lowrank_align.evaluate.comparing import kl, tied_where_alike
@@ -33,7 +32,8 @@ from lowrank_align.rounds.record import Record, RoundResult
 from lowrank_align.runs import read_state
 from lowrank_align.train import train
 
-PAIRS, DATA, PROMPTS, REWARD, POLICY = "pairs.jsonl", "data.jsonl", "prompts.jsonl", "reward", "policy"
+PAIRS, COLLECTED = "pairs.jsonl", "collected.json"
+DATA, PROMPTS, REWARD, POLICY = "data.jsonl", "prompts.jsonl", "reward", "policy"
 BATCH = 16
 OF_THE_MODEL = (
     "model", "preset", "quantize", "device", "dtype", "attention", "chat_template", "thinking", "max_length",
@@ -108,8 +108,8 @@ class Rounds:
         if not found.lines:
             raise UserError(f"round {number}: no pairs: {found.told}; raise --temperature or --pairs")
         self.tell(f"round {number}: {found.told}")
+        write_lines(folder / COLLECTED, [{"as_scored": found.as_scored}])  # first: with its pairs a round is collected
         write_lines(folder / PAIRS, found.lines)
-        write_atomic(folder / "collected.json", json.dumps({"as_scored": found.as_scored}) + "\n")
         return found.lines
 
     def _write_rows_for_policy(self, folder: Path, lines: list[dict[str, Any]], number: int) -> None:
@@ -128,7 +128,7 @@ class Rounds:
         self, number: int, folder: Path, before: str | None, new: list[dict[str, Any]], trained_on: int
     ) -> RoundResult:
         """The new policy beside the one before, on the held-out prompts."""
-        collected = json.loads((folder / "collected.json").read_text(encoding="utf-8"))
+        as_scored = next(iter(read_lines(folder / COLLECTED)), {}).get("as_scored")
         state = read_state(folder / REWARD) if self.refits else None
         accuracy = (state or {}).get("summary", {}).get("accuracy")
         judge, found = self._judge(folder), None
@@ -142,12 +142,10 @@ class Rounds:
                 theirs = tied_where_alike(new_side[1], old[1], ours, theirs)
                 wins = win_rate(ours, theirs).rate
                 return RoundResult(
-                    number, len(new), trained_on, collected["as_scored"], accuracy, judge,
+                    number, len(new), trained_on, as_scored, accuracy, judge,
                     fmean(ours), fmean(theirs), wins, found,
                 )  # fmt: skip
-        return RoundResult(
-            number, len(new), trained_on, collected["as_scored"], accuracy, None, None, None, None, found
-        )
+        return RoundResult(number, len(new), trained_on, as_scored, accuracy, None, None, None, None, found)
 
     def _judge(self, folder: Path) -> str | None:
         if self.exact is not None:

@@ -1,7 +1,6 @@
 """The rows of a run: a view of the store, or a file, frozen beside the run so that it can be resumed and repeated."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,7 +69,7 @@ def freeze(studio: "Studio", method: str, data: View | Path, into: Path) -> tupl
         return data, 0
     into = into.with_name(into.name.removesuffix(SUFFIX) + ROWS + "".join(source.suffixes[-2:]))
     into.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, into)
+    write_atomic(into, source.read_bytes())  # also in the place of a link
     return into, 0
 
 

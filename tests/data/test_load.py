@@ -107,6 +107,42 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
         prompts(tmp_path / "saved", split="test")
 
 
+def test_a_folder_of_rows_that_leads_outside(tmp_path: Path) -> None:
+    """Within it links may lead where they like, and those of the hub's cache to its blobs."""
+    for name in ("outside", "rows", "hub/blobs", "hub/snapshots/c/data"):
+        (tmp_path / name).mkdir(parents=True)
+    private = write(tmp_path / "outside" / "private.jsonl", LINES)
+    inside = write(tmp_path / "rows" / "a.jsonl", LINES)
+    (tmp_path / "rows" / "b.jsonl").symlink_to(inside)
+    assert len(load_rows(tmp_path / "rows", expect=PAIR).rows) == 6
+    (tmp_path / "rows" / "x.jsonl").symlink_to("../outside/private.jsonl")
+    with pytest.raises(UserError, match=r"rows/x.jsonl: leads out of .*rows; put the file itself there"):
+        load_rows(tmp_path / "rows", expect=PAIR)
+    assert len(load_rows(tmp_path / "rows" / "x.jsonl", expect=PAIR).rows) == 3  # named by the user
+    blob, snapshot = write(tmp_path / "hub" / "blobs" / "b", LINES), tmp_path / "hub" / "snapshots" / "c" / "data"
+    (snapshot / "rows.jsonl").symlink_to(blob)
+    assert len(load_rows(snapshot, expect=PAIR).rows) == 3
+    assert private.read_bytes() == LINES
+
+
+@pytest.mark.parametrize("how", ["a link", "its list of files"])
+def test_a_saved_dataset_that_leads_outside(how: str, tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    state = json.loads((tmp_path / "saved" / "state.json").read_text())
+    file = tmp_path / "saved" / state["_data_files"][0]["filename"]
+    (tmp_path / "outside").mkdir()
+    file.rename(tmp_path / "outside" / "private.arrow")
+    if how == "a link":
+        file.symlink_to(tmp_path / "outside" / "private.arrow")
+    else:
+        state["_data_files"][0]["filename"] = "../outside/private.arrow"
+        (tmp_path / "saved" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"\.arrow: leads out of .*saved; put the file itself there"):
+        load_rows(tmp_path / "saved", expect=PAIR)
+
+
 def test_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

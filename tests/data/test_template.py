@@ -2,6 +2,8 @@
 # ruff: noqa: E501 -- templates are long lines
 
 import hashlib
+import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,20 @@ def test_a_row_with_tools_gets_the_tokenizers_template_for_tools(make_tokenizer:
     renderer = Renderer(make_tokenizer(named), max_length=99)
     row = parse_row({"prompt": [user("Q")], "tools": [{"name": "clock"}]}, "", 0)
     assert renderer.tokenizer.decode(renderer.prompt_ids(row)).startswith("<s>clock<|im_start|>user")
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (os.mkfifo, "no regular file"),
+        (lambda file: file.symlink_to("/dev/zero"), "no regular file"),
+        (lambda file: file.write_text("x" * 1_000_001), "over 1 MB; a template is a few pages"),
+    ],
+)
+def test_templates_that_never_end(make: Callable[[Path], Any], why: str, make_tokenizer: Any, tmp_path: Path) -> None:
+    make(tmp_path / "theirs.jinja")
+    with pytest.raises(UserError, match=f"theirs.jinja: cannot be read .{why}.$"):
+        Renderer(make_tokenizer(), chat_template=str(tmp_path / "theirs.jinja"), max_length=99)
 
 
 def test_a_template_that_is_not_there_names_its_neighbour(make_tokenizer: Any, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lowrank_align.apps.frontier import entries, measuring, planning, schedule, start, worker
+from lowrank_align.apps.frontier import entries, frontier, measuring, planning, schedule, start, worker
 from lowrank_align.apps.frontier.entries import PAIRED, SAMPLED, Entry
 from lowrank_align.apps.frontier.planning import chosen_rates
 from lowrank_align.apps.frontier.report import over_seeds, with_error
@@ -18,7 +18,7 @@ from lowrank_align.apps.frontier.tasks import Ground, Task
 from lowrank_align.cli import main
 from lowrank_align.data.chat import Renderer
 from lowrank_align.data.formats import parse_row
-from lowrank_align.errors import Stopped
+from lowrank_align.errors import Stopped, UserError
 
 SMALL = ["--quantize", "none", "--workers", "1", "--seeds", "1", "--no-tune", "--pairs", "8", "--held-out", "8",
          "--max-new-tokens", "12", "--budget-tokens", "4000"]  # fmt: skip
@@ -238,6 +238,16 @@ def test_a_folder_that_no_frontier_wrote_is_left_alone(
     (tmp_path / "letter.txt").write_text("dear")
     assert main(["frontier", *SMALL, "--out", str(tmp_path)]) == 2
     assert "no frontier wrote" in capsys.readouterr().err
+
+
+def test_links_in_a_frontiers_folder_are_refused(tmp_path: Path) -> None:
+    """Its mark is written anew at each start."""
+    (tmp_path / "precious.txt").write_text("ours")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / frontier.MARKER).symlink_to(tmp_path / "precious.txt")
+    with pytest.raises(UserError, match="a link or device, not written through"):
+        frontier._take(tmp_path / "out")
+    assert (tmp_path / "precious.txt").read_text() == "ours"
 
 
 def test_what_is_left_is_told_in_time() -> None:

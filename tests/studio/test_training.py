@@ -362,11 +362,15 @@ def test_files(studio: Any, tmp_path: Path) -> None:
     for outside in ("../secret.jsonl", "link.jsonl", str(tmp_path / "secret.jsonl"), str(uploads / "up.jsonl")):
         with pytest.raises(UserError, match="not in the folder of the runs"):
             studio.trainer.file(outside)
+    (tmp_path / "runs" / "first.data.jsonl").symlink_to(tmp_path / "secret.jsonl")  # replaced, not written through
+    secret = (tmp_path / "secret.jsonl").read_bytes()
     uploaded = studio.trainer.file(uploads / "up.jsonl", [uploads])
     assert texts(studio, request(data=uploaded))[0].startswith("1 pair;")
     assert finish(studio, request(data=uploaded)).state == "finished"
     assert read_yaml("runs/first/config.yaml")["data"] == "runs/first.data.jsonl"
     mine = studio.trainer.file("mine.jsonl")
+    assert (tmp_path / "secret.jsonl").read_bytes() == secret
+    assert not (tmp_path / "runs" / "first.data.jsonl").is_symlink()
     assert freeze(studio, "dpo", mine, Path("runs/other.data.jsonl")) == (beside.resolve(), 0)  # stays where it is
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lowrank_align.errors import EnvironmentProblem, UserError
-from tests.serving import LASTING, PASSING, SmallServer, Trouble, ready
+from tests.serving import LASTING, PASSING, SLOW, SmallServer, Trouble, ready
 
 SECTION = "Past one GPU"
 PROMPTS = [{"prompt": prompt} for prompt in ("Say a: ", "Write of the sea, please: ", "b ", "And then? ")]
@@ -94,7 +94,7 @@ def test_a_fault_that_passes(
     for i in range(count):
         server.reset()
         from_request(server, draw.randint(1, REQUESTS), PASSING[kind], for_times=draw.randint(1, ATTEMPTS - 1))
-        held += train(f"run-{i}", hurried=kind == "no reply in time") == whole
+        held += train(f"run-{i}", hurried=kind in SLOW) == whole
     tally(SECTION, "a rollout server's fault that passes", "same bytes at the end", held=held, of=count, note=kind)
     assert held == count
 
@@ -116,7 +116,7 @@ def test_a_fault_that_stays(
         first = draw.randint(1, REQUESTS)
         from_request(server, first, (PASSING | LASTING)[kind], for_times=10**6)
         with pytest.raises((UserError, EnvironmentProblem)) as raised:
-            train(f"run-{i}", hurried=kind == "no reply in time")
+            train(f"run-{i}", hurried=kind in SLOW)
         error, saved = raised.value, (first - 1) // 2
         one_line = str(error).startswith(f"--rollout-server: {server.address}: ") and "\n" not in str(error)
         words = f"step {saved} of {STEPS} is saved" if saved else "with --resume begins again"
