@@ -22,7 +22,7 @@ from transformers import logging as transformers_logging
 
 from lowrank_align import hub
 from lowrank_align.devices import Attention, Quantize, check_device, pick_dtype
-from lowrank_align.errors import EnvironmentProblem, UserError, is_out_of_memory
+from lowrank_align.errors import EnvironmentProblem, UserError, is_out_of_memory, is_panic
 from lowrank_align.progress import Progress
 from lowrank_align.provenance import weight_files, weights_hash
 from lowrank_align.terminal import make_console
@@ -227,7 +227,9 @@ def _is_causal(config: Any) -> bool:
 def _read_tokenizer(path: Path, name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # as above; the tokenizers library raises bare Exceptions
+    except BaseException as error:  # as above; the tokenizers library raises bare Exceptions, and panics
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         raise UserError(
             f"{name}: its tokenizer cannot be loaded (is tokenizer.json there and whole?): {_first_line(error)}"
         ) from error
@@ -298,7 +300,7 @@ def _why(error: Exception) -> str:
     )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     """With the next one where it ends with a colon and says nothing by itself."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[:2]) if lines[0].endswith(":") else lines[0]
