@@ -44,6 +44,7 @@ GROUPS = {
     "ReadingSettings": "rows",
     "DataSettings": "the store",
 }
+RUN_CODE = {"plan", "audit", "show", "generate", "chat", "eval", "score", "logps", "studio"}  # and training
 PLAIN = 4  # settings that share nothing: themselves, Settings, BaseModel, object
 
 
@@ -174,7 +175,10 @@ def _run(command: str, arguments: dict[str, Any]) -> int:
         command, settings_class = f"data {what}", DATA_COMMANDS[what]
     else:
         settings_class = (METHODS | OTHER_COMMANDS)[command]
+    trusted = arguments.pop("trust_remote_code", False)
     settings = resolve(settings_class, arguments, arguments.pop("config", None))
+    if trusted:
+        _trust(settings.model)  # type: ignore[attr-defined]
     if command in METHODS:
         from lowrank_align.train import train
 
@@ -192,6 +196,14 @@ def _run(command: str, arguments: dict[str, Any]) -> int:
 
         return commands.run(command, settings)
     return EXIT_DONE
+
+
+def _trust(model: str | None) -> None:
+    if model is None:
+        raise UserError("--trust-remote-code: whose code? give --model too")
+    from lowrank_align.remote_code import trust
+
+    trust(Path(model).expanduser())
 
 
 def _runs(folder: str, compare: list[str] | None, delete: str | None, yes: bool) -> int:
@@ -222,6 +234,9 @@ def _add_command(commands: Any, name: str, settings: type[Settings], whole_name:
     text = (settings.__doc__ or "").strip()
     parser = commands.add_parser(name, help=text.rstrip("."), description=text)
     parser.add_argument("--config", metavar="FILE", help="a YAML file with these settings; flags win")
+    if (whole_name or name) in {*METHODS, *RUN_CODE}:  # no setting: no file may give it, and no run keeps it
+        text = "Run the Python files in the model's folder, for models that need them. Read them first."
+        parser.add_argument("--trust-remote-code", action="store_true", default=argparse.SUPPRESS, help=text)
     groups: dict[type[Settings], Any] = {}
     for field, info in sorted(settings.model_fields.items(), key=lambda item: _depth(settings, item[0])):
         if POSITIONAL.get(whole_name or name) == field:

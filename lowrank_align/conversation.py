@@ -10,6 +10,7 @@ import torch
 from lowrank_align import adapters
 from lowrank_align.base import Base
 from lowrank_align.data.chat import Renderer
+from lowrank_align.data.encoder import panics_told
 from lowrank_align.data.formats import Message, Row, Shape
 from lowrank_align.data.stream import OPEN, Piece, TextStream, Thoughts
 from lowrank_align.errors import UserError
@@ -193,7 +194,8 @@ class Reply(Spoken):
 def thought_is_open(renderer: Renderer, prompt_ids: Sequence[int], prefix_tokens: int) -> bool:
     """Whether a template opened a thought for the model; an answer prefix of so many tokens stands at the end."""
     end = list(prompt_ids)[: len(prompt_ids) - prefix_tokens][-THOUGHT_OPENED_WITHIN:]
-    return str(renderer.tokenizer.decode(end)).rstrip().endswith(OPEN)
+    with panics_told(renderer.tokenizer):
+        return str(renderer.tokenizer.decode(end)).rstrip().endswith(OPEN)
 
 
 def context_of(base: Base, renderer: Renderer) -> int:

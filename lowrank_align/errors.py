@@ -82,6 +82,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return said or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust gave up, which is no `Exception` and has no class that could be imported."""
+    return type(error).__name__ == "PanicException"
+
+
 def said_shortly(error: BaseException) -> str:
     """The beginning of what an error says, on one line."""
     return str(error).splitlines()[0][:80] if str(error) else type(error).__name__

@@ -22,9 +22,10 @@ from transformers import logging as transformers_logging
 
 from lowrank_align import hub
 from lowrank_align.devices import Attention, Quantize, check_device, pick_dtype
-from lowrank_align.errors import EnvironmentProblem, UserError, is_out_of_memory
+from lowrank_align.errors import EnvironmentProblem, UserError, is_out_of_memory, is_panic
 from lowrank_align.progress import Progress
 from lowrank_align.provenance import weight_files, weights_hash
+from lowrank_align.remote_code import NEEDED, asks_for_code, is_trusted
 from lowrank_align.terminal import make_console
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def read_config(name: str) -> Any:
     """A model's `config.json`, as transformers reads it. UserError where it is no causal language model's."""
     path = model_folder(name, weights=False)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=is_trusted(path))
     except Exception as error:  # what a damaged file raises in the library is anything
         raise UserError(f"{name}: config.json cannot be used: {_why(error)}") from error
     _refuse_unloadable(path, name, config)
@@ -126,7 +127,8 @@ def read_config(name: str) -> Any:
             f"{name}: its weights are already quantised ({method}); "
             "give the 16-bit model, it is quantised while loading"
         )
-    if not _is_causal(config):
+    has_own = is_trusted(path) and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not has_own and not _is_causal(config):
         raise UserError(f"{name}: a {config.model_type} is no causal language model; give one as --model")
     return config
 
@@ -184,9 +186,12 @@ def _from_pretrained(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, config=config, trust_remote_code=False, **options)
-    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
-        if is_out_of_memory(error):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, config=config, trust_remote_code=is_trusted(path), **options
+        )
+    except Exception as error:
+        known = isinstance(error, ValueError | OSError | KeyError | RuntimeError | SafetensorError)
+        if is_out_of_memory(error) or not (known or is_trusted(path)):
             raise
         raise UserError(f"{name}: cannot be loaded as a causal language model: {_first_line(error)}") from error
     finally:
@@ -229,10 +234,12 @@ def _is_causal(config: Any) -> bool:
 
 def _read_tokenizer(path: Path, name: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # as above; the tokenizers library raises bare Exceptions
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=is_trusted(path))
+    except BaseException as error:  # as above; the tokenizers library raises bare Exceptions, and panics
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         raise UserError(
-            f"{name}: its tokenizer cannot be loaded (is tokenizer.json there and whole?): {_first_line(error)}"
+            f"{name}: its tokenizer cannot be loaded (is tokenizer.json there and whole?): {_why(error)}"
         ) from error
 
 
@@ -291,8 +298,10 @@ def _neighbour(path: Path) -> str:
     return f" (did you mean {parent / close[0]}?)" if close else ""
 
 
-def _why(error: Exception) -> str:
-    """Transformers answers an unknown family with two paragraphs on upgrading."""
+def _why(error: BaseException) -> str:
+    """Transformers answers an unknown family with two paragraphs on upgrading, and one with code by its own option."""
+    if asks_for_code(error):
+        return NEEDED
     unknown = re.search(r"has model type `([^`\s]+)` but", str(error))
     return (
         f"model_type {unknown[1]} is not known to transformers {transformers_version}"
@@ -301,7 +310,7 @@ def _why(error: Exception) -> str:
     )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     """With the next one where it ends with a colon and says nothing by itself."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_align.architecture import NEEDED, Architecture, Linear, UnknownFigures, figures_of
 from lowrank_align.errors import UserError
 from lowrank_align.loading import language_model
+from lowrank_align.remote_code import is_trusted
 
 RENAMED = (*NEEDED, "num_key_value_heads", "max_position_embeddings", "head_dim", "sliding_window", "layer_types")
 
@@ -72,4 +73,6 @@ def measure(config: Any, name: str) -> Architecture:
 
 def _skeleton(config: Any) -> Any:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(language_model(config)[0])
+        return AutoModelForCausalLM.from_config(
+            language_model(config)[0], trust_remote_code=is_trusted(config.name_or_path)
+        )

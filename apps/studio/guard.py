@@ -61,11 +61,14 @@ NOT_SERVED = (
 )
 ELSEWHERE = re.compile(r"/gradio_api/file[=/]+\s*\w{2,}:", re.IGNORECASE)  # Gradio would fetch it and hand it on
 LOGIN = ("/login", "/login/")  # where the password is sent to
-DEFAULT_PORTS = {80, 443}  # which browsers leave out of Host
+DEFAULT_PORTS = {"80": "http", "443": "https"}  # which browsers leave out of Host
 
 
 def host_headers(names: Iterable[str], port: int) -> frozenset[str]:
-    """The Host headers under which the page is served: each name with the port; one that has a port stays as it is."""
+    """The Host headers under which the page is served: each name with its own port, else with this one.
+
+    Those that browsers leave out are left out too: behind a TLS proxy on 443 a request names the host alone.
+    """
     found = set()
     for name in names:
         name = name.strip().lower()
@@ -74,9 +77,9 @@ def host_headers(names: Iterable[str], port: int) -> frozenset[str]:
             name, has_port = f"[{bare}]" if "]:" not in name else name, "]:" in name
         else:
             has_port = ":" in name
-        found.add(name if has_port else f"{name}:{port}")
-        if port in DEFAULT_PORTS and not has_port:
-            found.add(name)
+        whole = name if has_port else f"{name}:{port}"
+        alone, _, last = whole.rpartition(":")
+        found |= {whole, alone} if last in DEFAULT_PORTS else {whole}
     return frozenset(found)
 
 
@@ -126,7 +129,7 @@ class Guard:
             return 403, "This address is not one of the studio's; open it as its terminal says, or see --allow-host."
         host = hosts[0].lower()
         for origin in headers.get("origin", []):
-            if origin.lower() not in (f"http://{host}", f"https://{host}"):
+            if origin.lower() not in self._origins(host):
                 return 403, "Another page asked for this; only the studio's own page may."
         for site in headers.get("sec-fetch-site", []):
             if site.lower() not in ("same-origin", "none"):
@@ -140,6 +143,11 @@ class Guard:
         if self._signed_in is not None and path not in LOGIN and not self._signed_in(_cookies(headers)):
             return 401, "Sign in first: open the studio's address and give its password."
         return None
+
+    def _origins(self, host: str) -> list[str]:
+        """The page's own under this Host: without a port, one scheme's alone, as the other's is another program's."""
+        own = [scheme for port, scheme in DEFAULT_PORTS.items() if f"{host}:{port}" in self._hosts]
+        return [f"{scheme}://{host}" for scheme in own or DEFAULT_PORTS.values()]
 
 
 class Limited:

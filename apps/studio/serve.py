@@ -243,8 +243,8 @@ def address_of(place: socket.socket, allow_hosts: Sequence[str] = ()) -> str:
     """What to open: this machine's own name for it, or the first allowed one where the socket is for others."""
     host, port = place.getsockname()[:2]
     if not is_loopback(host) and allow_hosts:
-        (found,) = host_headers(allow_hosts[:1], port) if port not in (80, 443) else [allow_hosts[0]]
-        return f"http://{found}/"
+        found = min(host_headers(allow_hosts[:1], port), key=len)
+        return f"https://{found}/" if allow_hosts[0].endswith(":443") else f"http://{found}/"
     shown = "127.0.0.1" if host == "0.0.0.0" else "::1" if host == "::" else host
     return f"http://[{shown}]:{port}/" if ":" in shown else f"http://{shown}:{port}/"
 

@@ -234,7 +234,7 @@ class StudioSettings(ModelSettings):
     host: str = "127.0.0.1"
     """The address to listen on. Another than this machine's own also needs --allow-host and a password."""
     allow_host: list[str] | None = None
-    """Names or addresses under which browsers may reach the page."""
+    """Names or addresses under which browsers may reach the page; behind a TLS proxy, NAME:443."""
     port: Annotated[int, Field(ge=1, le=65535)] = 7860
     """The port to listen on."""
     browser: bool = True

@@ -39,6 +39,8 @@ def resolve(settings: type[S], flags: Mapping[str, Any], config_file: str | Path
         if value is not None:
             given[key], where[key] = value, ""
     for key in given:
+        if key == "trust_remote_code":
+            raise UserError(f"{where[key]}{key}: no file may let code run; give --trust-remote-code yourself")
         if key not in known:
             raise UserError(f"{where[key]}{key}: unknown setting{nearest(str(key), known)}")
     _refuse_outside(given, where)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lowrank_align.data.assembly import became_equal, behind, common_prefix, comparisons_of, trimmed
 from lowrank_align.data.bad_rows import BadRows
-from lowrank_align.data.encoder import Encoder
+from lowrank_align.data.encoder import Encoder, panics_told
 from lowrank_align.data.formats import Message, Row, Shape
 from lowrank_align.data.template import PLAIN_TEMPLATE, ChatTemplate
 from lowrank_align.errors import UserError
@@ -193,7 +193,10 @@ class Renderer:
 
         The answer prefix stands at its end.
         """
-        return [*self._prompt_ids(row), *self.prefix_ids]
+        try:
+            return [*self._prompt_ids(row), *self.prefix_ids]
+        except UserError as error:
+            raise UserError(f"{row.where}: {_field(row)}: {error}") from None
 
     def _prompt_ids(self, row: Row) -> list[int]:
         if not _is_chat(row):
@@ -203,13 +206,10 @@ class Renderer:
         messages = _messages(row.prompt) or _messages(row.completions[0])
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        try:
-            kwargs = self._encoder.protect_value(row.template_kwargs)
-            ids = self._encoder.chat(self._template.render(self._encoder.protect(messages), kwargs, open_turn=True)).ids
-            self._check_kept_as_text(messages, row, ids, open_turn=True)
-            return ids
-        except UserError as error:
-            raise UserError(f"{row.where}: {_field(row)}: {error}") from None
+        kwargs = self._encoder.protect_value(row.template_kwargs)
+        ids = self._encoder.chat(self._template.render(self._encoder.protect(messages), kwargs, open_turn=True)).ids
+        self._check_kept_as_text(messages, row, ids, open_turn=True)
+        return ids
 
     def holds_control(self, row: Row) -> bool:
         """Whether control tokens stand in what the row says: in messages they are taken as text, in texts they act."""
@@ -217,7 +217,14 @@ class Renderer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without special tokens. Templates may put a space or newline before an answer: strip it."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        with panics_told(self.tokenizer):
+            return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Of a text that no template writes and to which nothing is added; its control tokens act."""
+        with panics_told(self.tokenizer):
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
 
     def template_hash(self) -> str:
         """SHA-256 of the template's text, for `provenance.json`."""

@@ -1,12 +1,13 @@
 """A tokenizer with the habits that training needs: BOS once, offsets, control tokens in a user's text kept as text."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lowrank_align.data.messages import Message
-from lowrank_align.errors import UserError
+from lowrank_align.errors import UserError, is_panic, said_shortly
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,8 +156,21 @@ class Encoder:
                 raise UserError(f"contains text that this tokenizer reads as the control token {self._control_ids[i]}")
 
     def _call(self, text: str, **kwargs: Any) -> Encoded:
-        out = self.tokenizer(text, return_offsets_mapping=True, verbose=False, **kwargs)
+        with panics_told(self.tokenizer):
+            out = self.tokenizer(text, return_offsets_mapping=True, verbose=False, **kwargs)
         return Encoded(out["input_ids"], out["offset_mapping"])
+
+
+@contextmanager
+def panics_told(tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
+    """UserError where a pattern in a tokenizer.json takes more steps than the library does for it."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        what = f"{tokenizer.name_or_path}: its tokenizer breaks off at this text ({said_shortly(error)})"
+        raise UserError(f"{what}; leave the text out, or take a model with another tokenizer.json") from None
 
 
 def _on_texts(change: Callable[[str], object], value: Any) -> Any:

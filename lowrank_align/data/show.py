@@ -5,6 +5,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from lowrank_align.data.chat import Rendered, Renderer
+from lowrank_align.data.encoder import panics_told
 from lowrank_align.data.formats import Row, Shape
 from lowrank_align.terminal import visible
 
@@ -113,4 +114,5 @@ def _coloured(
 
 
 def _decode(renderer: Renderer, ids: list[int]) -> str:
-    return str(renderer.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    with panics_told(renderer.tokenizer):
+        return str(renderer.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -25,6 +25,7 @@ from lowrank_align.errors import EnvironmentProblem
 RUN = "import runpy, sys; sys.path += sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
 ENVIRONMENT = ("SYSTEMROOT", "PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # what an interpreter may need to start
 WORKER = Path(__file__).with_name("template_worker.py")
+KILLED = (-9, -15)  # by somebody, or by the system where memory is short: never by a limit of the worker's own
 TOO_LONG = f"takes more than {CPU_SECONDS:.0f} s"
 
 
@@ -55,7 +56,7 @@ class Room:
         """The conversation's text; with `marked` also the characters in the template's generation blocks.
 
         Raises TemplateFailure for what the template raises, OverLimit among it, and EnvironmentProblem where no process
-        can be started.
+        can be started, or two were killed.
         """
         values = {"tools": None, "documents": None, **values, "messages": messages}
         request = {"template": template, "values": values, "marked": marked}
@@ -71,22 +72,32 @@ class Room:
 
     def _ask(self, request: bytes) -> dict[str, Any]:
         with self._turn:
-            worker = self._worker = self._worker or _start()
-            assert worker.stdin and worker.stdout
-            answer = b""
-            try:
-                with _watched(worker), contextlib.suppress(BrokenPipeError):
-                    worker.stdin.write(request)
-                    worker.stdin.flush()
-                    answer = worker.stdout.readline()
-            except BaseException:  # Ctrl-C in between: whatever it still answers is of no use
-                worker.kill()
-                self._end()
-                raise
-            if not answer.endswith(b"\n"):
-                raise OverLimit(_why(self._end()))
-            found: dict[str, Any] = json.loads(answer)
-            return found
+            answer, code = self._answer(request)
+            if code in KILLED:
+                answer, code = self._answer(request)
+        if code in KILLED:
+            why = "something kills it (the system does, where memory is short)"
+            raise EnvironmentProblem(f"the chat template's process ended twice: {why}; close what else runs and repeat")
+        if code is not None:
+            raise OverLimit(_why(code))
+        found: dict[str, Any] = json.loads(answer)
+        return found
+
+    def _answer(self, request: bytes) -> tuple[bytes, int | None]:
+        """The worker's line, and where it gave no whole one, the exit code that it ended with."""
+        worker = self._worker = self._worker or _start()
+        assert worker.stdin and worker.stdout
+        answer = b""
+        try:
+            with _watched(worker), contextlib.suppress(BrokenPipeError):
+                worker.stdin.write(request)
+                worker.stdin.flush()
+                answer = worker.stdout.readline()
+        except BaseException:  # Ctrl-C in between: whatever it still answers is of no use
+            worker.kill()
+            self._end()
+            raise
+        return answer, None if answer.endswith(b"\n") else self._end()
 
     def _end(self) -> int:
         worker, self._worker = self._worker, None

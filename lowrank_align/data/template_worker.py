@@ -60,7 +60,8 @@ def confine() -> None:
         import resource
     except ImportError:  # Windows
         return
-    limits = {resource.RLIMIT_AS: MEMORY_BYTES, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_NOFILE: 3}
+    # no descriptor at all: the pipes are open already, and who closed one could open a file in its place
+    limits = {resource.RLIMIT_AS: MEMORY_BYTES, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_NOFILE: 0}
     for what, limit in {**limits, resource.RLIMIT_CORE: 0}.items():
         _, hard = resource.getrlimit(what)
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)

@@ -55,7 +55,7 @@ class RoleScorer:
         windows: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
         for owner, text in enumerate(texts):
-            ids = self.renderer.tokenizer(text, add_special_tokens=False).input_ids
+            ids = self.renderer.plain_ids(text)
             for window in _windows(self.first_id, ids, self.base.context_tokens):
                 windows.append(window)
                 owners.append(owner)
@@ -116,7 +116,7 @@ class RoleScorer:
         continuation = context[len(bare) :] + continuation
         before = self._ids(bare) if bare else []
         if not before:
-            return [self.first_id], self.renderer.tokenizer(continuation, add_special_tokens=False).input_ids
+            return [self.first_id], self.renderer.plain_ids(continuation)
         whole = self._ids(bare + continuation)
         return before, whole[len(before) :]
 

@@ -163,7 +163,7 @@ def prefix_notes(source: Source) -> list[str]:
     whole = renderer.template.render(asked, {}, open_turn=True) + renderer.answer_prefix
     ids = renderer.prompt_ids(Row(Shape.prompts, asked, [], where="export"))
     bos = adds_bos(renderer.tokenizer) and not whole.startswith(renderer.tokenizer.bos_token)
-    found = renderer.tokenizer(whole, add_special_tokens=False)["input_ids"]
+    found = renderer.plain_ids(whole)
     if ids != ([renderer.tokenizer.bos_token_id] if bos else []) + found:
         notes.append("other programs cut the text before the answer into other tokens than training did")
     return notes

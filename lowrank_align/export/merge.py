@@ -96,7 +96,7 @@ def empty_classifier(config: Any) -> Any:
     """A sequence classifier without weights; UserError for a family that has none."""
     try:
         with torch.device("meta"):
-            classifier: Any = AutoModelForSequenceClassification.from_config(config)
+            classifier: Any = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise UserError(
             f"a {config.model_type} has no sequence-classification class in transformers, so its reward model "

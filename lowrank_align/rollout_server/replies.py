@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from lowrank_align.base import Base
 from lowrank_align.config import OnlineSettings
+from lowrank_align.data.encoder import panics_told
 from lowrank_align.errors import UserError
 from lowrank_align.rollout import Rollout
 from lowrank_align.servers import NoReply
@@ -68,7 +69,7 @@ class Reader:
     def _guess(self, text: str, *, ended: bool) -> list[int]:
         """A text's tokens, which need not be those that were drawn."""
         self.guessed_ids = True
-        with self._one:
+        with self._one, panics_told(self.tokenizer):
             ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return [*ids[: self.most_tokens - 1], self.end_ids[0]] if ended else ids[: self.most_tokens]
 
@@ -94,11 +95,12 @@ def _logps_of(said: dict[str, Any], length: int) -> list[float] | None:
 
 def text_of(base: Base, ids: list[int]) -> str:
     """The text that a server's tokenizer makes these ids of, special tokens put in by itself; UserError without one."""
-    whole = base.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    bare = base.tokenizer.decode(ids[1:], clean_up_tokenization_spaces=False)
-    for text in (whole, bare):
-        if base.tokenizer(text).input_ids == ids:
-            return str(text)
+    with panics_told(base.tokenizer):
+        whole = base.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        bare = base.tokenizer.decode(ids[1:], clean_up_tokenization_spaces=False)
+        for text in (whole, bare):
+            if base.tokenizer(text).input_ids == ids:
+                return str(text)
     raise UserError(
         "--rollout-server-prompts text: a prompt has no text that gives its own tokens again; a server that takes"
         " token ids is needed"

@@ -126,12 +126,17 @@ def _version(connection: sqlite3.Connection, path: Path, newest: int) -> int:
     """The file's schema, 0 for an empty file."""
     application, version, tables = connection.execute(FACTS).fetchone()
     if application != APPLICATION_ID and (application or version or tables):
-        raise UserError(f"{path}: not a store but another program's database; name another file with --store")
+        what = "not a store but another program's database; name another file with --store"
+        raise UserError(f"{path}: {what}{_if_damaged(path)}")
     if version > newest:
-        raise UserError(
-            f"{path}: written by a newer lowrank-align (schema {version}, this one knows {newest}); update this one"
-        )
+        what = f"written by a newer lowrank-align (schema {version}, this one knows {newest}); update this one"
+        raise UserError(f"{path}: {what}{_if_damaged(path)}")
     return int(version)
+
+
+def _if_damaged(path: Path) -> str:
+    """One bit makes one of our stores look like somebody else's: a backup beside it tells that it was one."""
+    return f"; if it is damaged, {backup.advice(path)}" if backup.newest(path) else ""
 
 
 def _refuse_foreign(connection: sqlite3.Connection, path: Path, migrations: Sequence[Migration]) -> None:
@@ -150,7 +155,8 @@ def _refuse_foreign(connection: sqlite3.Connection, path: Path, migrations: Sequ
     ]
     if odd:
         what = f"{odd[0]} is not what a store has under that name" if odd[0] in theirs else f"{odd[0]} is missing"
-        raise UserError(f"{path}: {what}; it was made or changed by another program, and is not opened")
+        what += "; it was made or changed by another program, and is not opened"
+        raise UserError(f"{path}: {what}{_if_damaged(path)}")
 
 
 def _back_up(connection: sqlite3.Connection, path: Path, version: int) -> Path:

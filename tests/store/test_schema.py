@@ -1,5 +1,6 @@
 """Opening: new files, what is no store, damaged and newer files, migrations with a backup, append-only tables."""
 
+import re
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -106,6 +107,24 @@ def test_what_is_no_store_is_left_as_it_is(make: Callable[[Path], None], problem
         Store(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
     assert (path.read_bytes() if path.is_file() else b"") == before
+
+
+# the version's first and last byte, the application's last, and a letter of what the tables are
+@pytest.mark.parametrize("place", [60, 63, 71, b"searchable TEXT"], ids=str)
+def test_a_bit_that_makes_a_store_look_like_another_s_names_its_backup(place: int | bytes, old: Path) -> None:
+    with Store(old) as store:
+        kept = store.back_up_by_age(24.0, 7)
+    assert kept is not None
+    content = bytearray(old.read_bytes())
+    content[content.index(place) if isinstance(place, bytes) else place] ^= 4
+    old.write_bytes(content)
+    with pytest.raises(UserError, match=f"move it away and copy the backup {re.escape(kept.name)} to its place"):
+        Store(old)
+    kept.unlink()
+    with pytest.raises(UserError) as caught:
+        Store(old)
+    assert "backup" not in str(caught.value)
+    assert old.read_bytes() == content
 
 
 def test_without_create_a_missing_file_is_not_made(tmp_path: Path) -> None:

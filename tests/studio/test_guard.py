@@ -34,6 +34,7 @@ def asked(
     kind: str = "http",
     signed_in: Any = None,
     max_body_bytes: int = 100,
+    hosts: frozenset[str] = HOSTS,
 ) -> tuple[int, dict[str, str], str]:
     """Status, headers and body of the answer; for websockets 101 or 403."""
     pairs = list(headers.items()) if isinstance(headers, dict) else headers
@@ -56,7 +57,7 @@ def asked(
         sent.append(message)
 
     guard = Guard(
-        answering, hosts=HOSTS, max_body_bytes=max_body_bytes, signed_in=signed_in, login_page="the login page"
+        answering, hosts=hosts, max_body_bytes=max_body_bytes, signed_in=signed_in, login_page="the login page"
     )
     try:
         asyncio.run(guard(scope, receive, send))
@@ -160,7 +161,7 @@ def test_with_a_password_only_the_login_is_open() -> None:
 
 
 def test_host_headers() -> None:
-    """Each with the port; without it too on the ports that browsers leave out; one with a port of its own as it is."""
+    """Each with the port, or its own; without it too on the ports that browsers leave out."""
     assert host_headers(["Studio.lan", "10.0.0.2:8443", "::1"], 7860) == {
         "studio.lan:7860",
         "10.0.0.2:8443",
@@ -168,6 +169,17 @@ def test_host_headers() -> None:
     }
     assert host_headers(["studio.lan"], 80) == {"studio.lan:80", "studio.lan"}
     assert host_headers(["[fe80::1]:8443"], 7860) == {"[fe80::1]:8443"}
+    assert host_headers(["studio.lan:443"], 7860) == {"studio.lan:443", "studio.lan"}
+    assert host_headers(["[fe80::1]:80"], 7860) == {"[fe80::1]:80", "[fe80::1]"}
+
+
+@pytest.mark.parametrize(("port", "own", "other"), [(443, "https", "http"), (80, "http", "https")])
+def test_without_a_port_one_scheme_is_the_page_itself(port: int, own: str, other: str) -> None:
+    """What is on the other one's default port is another program."""
+    hosts = host_headers([f"studio.lan:{port}"], 7860)
+    assert asked({"host": "studio.lan", "origin": f"{own}://studio.lan"}, hosts=hosts)[0] == 200
+    assert asked({"host": "studio.lan", "origin": f"{other}://studio.lan"}, hosts=hosts)[0] == 403
+    assert asked({"host": "studio.lan:7860"}, hosts=hosts)[0] == 403
 
 
 def test_no_address_is_fetched_for_somebody() -> None:

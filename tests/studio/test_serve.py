@@ -307,7 +307,7 @@ def test_the_address_is_one_that_browsers_may_use() -> None:
     with bind("0.0.0.0", 0) as place:
         port = place.getsockname()[1]
         assert address_of(place, ["studio.lan"]) == f"http://studio.lan:{port}/"
-        assert address_of(place, ["studio.lan:443"]) == "http://studio.lan:443/"
+        assert address_of(place, ["studio.lan:443"]) == "https://studio.lan/"
 
 
 def test_before_login_nothing_is_told_and_no_path_is_open(locked: Page) -> None:

@@ -2,12 +2,15 @@
 
 import base64
 import http.client
+import json
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlencode
 
 from tests.torture.page import PASSWORD, Answered, Headers, Page, Probe, unless
 
 LOCKED = "a way around the password"
+PROXY = "a TLS proxy before the page"
+PROXIED = "studio.lan:443"  # given as --allow-host
 FORM = ("Content-Type", "application/x-www-form-urlencoded")
 
 
@@ -142,6 +145,27 @@ def not_told(page: Page) -> str:
     return unless(PASSWORD not in said and PASSWORD.encode() not in environment, "told")
 
 
+def through_the_proxy(page: Page) -> str:
+    """A browser at https://studio.lan leaves the port out: it signs in, and the page asks that address for the rest."""
+    hosts, told = ["studio.lan"], [("X-Forwarded-Proto", "https"), ("Sec-Fetch-Site", "same-origin")]
+    own = [("Origin", "https://studio.lan"), *told]
+    body = urlencode({"username": "ada", "password": PASSWORD})
+    signed = page.ask("/login", "POST", body, [FORM, *own], hosts=hosts)
+    found = with_cookies(page, jar(signed)).ask("/config", headers=own, hosts=hosts)
+    root = json.loads(found.text).get("root") if found.status == 200 else None
+    return unless((signed.status, found.status, root) == (200, 200, "https://studio.lan"), (signed, found))
+
+
+def beside_the_proxy(page: Page) -> str:
+    """Names and pages next to it."""
+    names = ("studio.lan:80", f"studio.lan:{page.port}", "evil.studio.lan", "studio.lan.", "studio", "lan", "127.0.0.1")
+    found = [page.ask("/config", hosts=[name]) for name in names]
+    pages = ("http://studio.lan", "https://studio.lan:8443", "https://evil.studio.lan", "null")
+    found += [page.ask("/config", headers=[("Origin", one)], hosts=["studio.lan"]) for one in pages]
+    inside = page.ask("/config", headers=[("Origin", "https://studio.lan")], hosts=["studio.lan"])  # no password yet
+    return unless(all(one.status == 403 for one in found) and inside.status == 401, (found, inside))
+
+
 def guessed(page: Page) -> str:
     """A hundred guesses at once, and then the right one: nobody gets in for a minute. (The last of these probes.)"""
     with ThreadPoolExecutor(16) as pool:
@@ -162,5 +186,7 @@ PROBES = [
     Probe(LOCKED, "another page that signs the browser in", login_elsewhere),
     Probe(LOCKED, "a session that has ended", after_logout),
     Probe(LOCKED, "where the password is told", not_told),
+    Probe(PROXY, "the name given, without its port", through_the_proxy),
+    Probe(PROXY, "names and pages beside it", beside_the_proxy),
     Probe(LOCKED, "a hundred guesses", guessed),
 ]

@@ -29,6 +29,7 @@ PROMISES = {
     probes_told.SHEETS: "JSON Lines, in which it is text",
     probes_told.MARKS: "it is text",
     probes_locked.LOCKED: "closed",
+    probes_locked.PROXY: "let in under the name that was given, and under no other",
 }
 LAN = "an address that other machines reach, without a password"
 LOCK = "LOWRANK_STUDIO_PASSWORD"
@@ -57,7 +58,7 @@ def fill(path: Path) -> str:
 def pages(
     tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory, times: Callable[[int, int], int]
 ) -> Iterator[dict[str, Page]]:
-    """Two studios, `open` and `locked` by a password, begun at the same time."""
+    """Two studios, `open` and `locked` by a password behind a TLS proxy's name, begun at the same time."""
     begun, canary, found = {}, Canary(), {}
     for name, more in {"open": {}, "locked": {LOCK: PASSWORD}}.items():
         folder, uploads = tmp_path_factory.mktemp(name), tmp_path_factory.mktemp("tmp")
@@ -66,7 +67,8 @@ def pages(
         for place in ("beside.txt", "runs/secret/config.yaml", "studio.db.2026-01-01T000000Z.bak"):
             (folder / place).write_text(BESIDE)
         environment = {"HF_TOKEN": TOKEN, "TMPDIR": str(uploads)} | more
-        begun[name] = (begin_studio(folder, "--max-new-tokens", "8", environment=environment), uploads, record)
+        flags = ("--max-new-tokens", "8", *["--allow-host", probes_locked.PROXIED] * (name == "locked"))
+        begun[name] = (begin_studio(folder, *flags, environment=environment), uploads, record)
     try:
         for name, (running, uploads, record) in begun.items():
             running.wait()

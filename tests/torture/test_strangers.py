@@ -1152,23 +1152,3 @@ def test_only_safetensors_and_text_are_written(command: Command, trained: Path) 
             assert all(isinstance(json.loads(line), dict) for line in text.splitlines())
         else:
             assert path.suffix in (".yaml", ".md"), path
-
-
-def test_there_is_no_way_to_trust_remote_code() -> None:
-    """No setting, flag or preset of that name, and no call that does not say False."""
-    from lowrank_align.config import COMMANDS, DATA_COMMANDS, METHODS
-
-    assert not [
-        name for kind in (METHODS | COMMANDS | DATA_COMMANDS).values() for name in kind.model_fields if "trust" in name
-    ]
-    root = Path(__file__).resolve().parents[2]
-    loads = re.compile(r"\bAuto\w+\.from_pretrained\(|\bfamily\.from_pretrained\(")
-    for file in [*(root / "lowrank_align").rglob("*.py"), *(root / "apps").rglob("*.py")]:
-        text = file.read_text(encoding="utf-8")
-        assert not re.search(r"trust_remote_code\s*=\s*(?!False\b)", text), file
-        for match in loads.finditer(text):
-            call = text[match.start() : match.start() + 300]
-            in_text = text[: match.start()].splitlines()[-1] if text[: match.start()] else ""
-            if "'" in in_text or '"' in in_text:
-                continue  # a line of a card that is written for people
-            assert "trust_remote_code=False" in call, (file, call[:80])
