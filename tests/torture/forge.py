@@ -111,7 +111,7 @@ class Forge:
         self._ask(do="go", pid=pid)
 
     def end(self, pid: int, signal: int = 0, since: str = "start", after: float = 0.0) -> Ended:
-        """Wait for a child's end; with `signal`, send it `after` so many seconds since an event."""
+        """Wait for a child's end; with `signal`, send it (the event `sent`) so many seconds `after` an event."""
         told = self._ask(do="end", pid=pid, signal=int(signal), since=since, after=after)
         return Ended(told["code"], told["seconds"], [(n, t) for n, t in told["events"]], told["out"], told["err"])
 
@@ -328,6 +328,7 @@ def end(child: Child, signal: int, since: str, after: float) -> dict[str, Any]:
         if select.select([child.pipe], [], [], left)[0]:
             child.read()
         else:
+            child.events.append(("sent", time.monotonic() - child.began))
             os.kill(child.pid, signal)
             signal = 0
     seconds = time.monotonic() - child.began
