@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lowrank_align import checkpoint
+from tests.torture.forge import state_of
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and looks into /proc")
 
@@ -47,12 +47,6 @@ def situation(name: str, folder: Path) -> tuple[int, int]:
         shutil.copytree(folder / "step-1", folder / ".tmp-step-7")
         shutil.copytree(folder / "step-2", folder / "step-2.old")
     return step, keep
-
-
-def state_of(step: int) -> checkpoint.State:
-    """As the process that forks makes it: every part tells its step."""
-    tensors = {"weight": torch.full((64, 8), float(step)), "bias": torch.full((3,), step)}
-    return checkpoint.State(tensors, {"step": step})
 
 
 def step_found(folder: Path) -> int | None:
