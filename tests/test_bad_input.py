@@ -71,7 +71,7 @@ def content_of(folder: Path) -> dict[Path, bytes | None]:
 
 # ---- rows
 
-# of the catalogue in torture/test_rows.py, for the commands that do not train
+# of the catalogues in torture/bad_files.py and bad_rows.py, for the commands that do not train
 ROWS: dict[str, tuple[bytes, str]] = {
     "malformed": (
         lines(GOOD) + b'{"prompt": "a", \n',

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.browser.running import Running
+from tests.torture.forms import LONG
 
 SECONDS = 60.0
 BESIDE = "only-the-owner-may-read-this"  # in files that lie beside the store
@@ -87,7 +88,7 @@ class Page:
 
     def some(self, attempts: Sequence[Any], of: int) -> Sequence[Any]:
         """All of them in the long form; in the short one each `of`-th."""
-        return attempts if self.notes["long"] else attempts[::of]
+        return attempts if LONG else attempts[::of]
 
     # ---- requests
 

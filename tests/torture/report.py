@@ -1,4 +1,4 @@
-"""docs/reliability.md of what the torture left in a folder: python tests/torture/report.py FOLDER."""
+"""docs/reliability.md of pytest's report of a run: python tests/torture/report.py RESULTS.xml [--print]."""
 
 import datetime
 import json
@@ -6,9 +6,11 @@ import os
 import platform
 import re
 import sys
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 MARK = "<!-- what follows until the next mark is written by `make torture` -->"
@@ -24,15 +26,31 @@ SECTIONS = (
 )
 
 
-def main(folder: Path) -> None:
-    rows = [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
+def main(results: Path, only_print: bool) -> None:
+    suite = ElementTree.parse(results).getroot()[0]
+    tests = sorted(suite.findall("testcase"), key=lambda test: (test.attrib["classname"], test.attrib["name"]))
+    rows = [
+        json.loads(found.attrib["value"]) for test in tests for found in test.findall(".//property[@name='counts']")
+    ]
     unknown = {row["section"] for row in rows} - set(SECTIONS)
     if unknown or not rows:
-        sys.exit(f"{folder}: " + (f"no such sections: {sorted(unknown)}" if unknown else "no counts in it"))
+        sys.exit(f"{results}: " + (f"no such sections: {sorted(unknown)}" if unknown else "no counts in it"))
+    found = [*summary(rows, float(suite.attrib["time"])), *tables(rows), *without_counts(tests)]
+    if only_print:
+        print("\n".join(found))
+        return
     before, _, after = PAGE.read_text(encoding="utf-8").split(MARK)
-    PAGE.write_text("\n".join([before + MARK, measured_on(), *tables(rows), "", MARK + after]), encoding="utf-8")
-    short = [row for row in rows if row["held"] < row["of"]]
-    print(f"{PAGE}: {len(rows)} rows, {sum(row['of'] for row in rows)} faults, {len(short)} rows with shortfalls")
+    PAGE.write_text("\n".join([before + MARK, *found, "", MARK + after]), encoding="utf-8")
+    print(f"{PAGE}: {found[1]}")
+
+
+def summary(rows: list[dict[str, Any]], seconds: float) -> list[str]:
+    """Where and how long it ran, and how often all promises together held."""
+    held, of = (sum(row[name] for row in rows) for name in ("held", "of"))
+    return [
+        f"{measured_on()} The run took {seconds / 60:.0f} minutes.",
+        f"In all, {of:,} times a fault met a promise; {held:,} times it held.",
+    ]
 
 
 def tables(rows: list[dict[str, Any]]) -> list[str]:
@@ -58,6 +76,25 @@ def tables(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def without_counts(tests: list[ElementTree.Element]) -> list[str]:
+    """The tests that the tables do not show, or not whole."""
+    listed: dict[str, Counter[str]] = {how: Counter() for how in ("Failed", "Skipped", "Passed, and count nothing")}
+    for test in tests:
+        file, name = test.attrib["classname"].rpartition(".")[2], test.attrib["name"]
+        skipped = test.find("skipped")
+        if test.find("failure") is not None or test.find("error") is not None:
+            listed["Failed"][f"`{file}::{name}`"] += 1
+        elif skipped is not None:
+            listed["Skipped"][f"`{file}::{name.partition('[')[0]}`: {skipped.get('message')}"] += 1
+        elif test.find("properties") is None:
+            listed["Passed, and count nothing"][f"`{file}::{name.partition('[')[0]}`"] += 1
+    lines = ["", "### Tests that are not in the tables"]
+    for how, found in listed.items():
+        lines += ["", f"{how}: {found.total()}", *([""] if found else [])]
+        lines += [f"- {test}" + (f" ({count} cases)" if count > 1 else "") for test, count in found.items()]
+    return lines
+
+
 def measured_on() -> str:
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     name = re.search(r"model name\s*: (.*)", text)
@@ -67,4 +104,4 @@ def measured_on() -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), only_print="--print" in sys.argv)

@@ -1,7 +1,6 @@
 """Memory that runs out, anywhere in a run, in any wording: the same update in smaller parts, or one line."""
 
 import json
-import os
 import random
 import sys
 from collections.abc import Callable
@@ -20,15 +19,9 @@ from lowrank_align.loop import Loop
 from lowrank_align.methods import method_class
 from lowrank_align.optimizer import allocate_moments
 from tests.notes import Notes
+from tests.torture.forms import of
 
 SECTION = "Out of memory"
-LONG = "LOWRANK_TORTURE" in os.environ  # else a few of the cases
-
-
-def of(cases: Any, *few: Any) -> list[Any]:
-    return list(cases) if LONG else list(few)
-
-
 WORDINGS: list[Callable[[], Exception]] = [
     lambda: torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB"

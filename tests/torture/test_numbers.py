@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,15 +21,9 @@ from lowrank_align.methods.sft import SFT
 from lowrank_align.rewards import Rewards
 from lowrank_align.row_order import RowOrder
 from tests.notes import Notes
+from tests.torture.forms import LONG, of
 
 SECTION = "Numbers"
-LONG = "LOWRANK_TORTURE" in os.environ  # else a few of the cases
-
-
-def of(cases: Any, *few: Any) -> list[Any]:
-    return list(cases) if LONG else list(few)
-
-
 VALUES = (math.nan, math.inf, -math.inf)
 HUGE = (1e30, -1e30, 3e38)  # that 32 bits hold, but not their squares or sums
 
@@ -297,9 +290,6 @@ def test_a_reward_model(
         folder = go(run, method, f"once-{i}", max_steps=3, progress=progress, **reward)
         lines = lines_of(folder)
         still = same(saved_at(folder, 2), saved_at(folder, 1)) and not same(saved_at(folder, 3), saved_at(folder, 2))
-        told = (
-            f"reward gave {value:.3g} for an answer to the prompt '" in progress.notes[-1] if progress.notes else False
-        )
         told = any(f"reward gave {value:.3g} for an answer to the prompt '" in note for note in progress.notes)
         counts = [line["skipped"] for line in lines] == [0, 1, 1] and lines[1]["loss"] is None
         poison.at(value, 2, lasting=True)

@@ -55,9 +55,7 @@ def fill(path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def pages(
-    tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory, times: Callable[[int, int], int]
-) -> Iterator[dict[str, Page]]:
+def pages(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Page]]:
     """Two studios, `open` and `locked` by a password behind a TLS proxy's name, begun at the same time."""
     begun, canary, found = {}, Canary(), {}
     for name, more in {"open": {}, "locked": {LOCK: PASSWORD}}.items():
@@ -73,7 +71,7 @@ def pages(
         for name, (running, uploads, record) in begun.items():
             running.wait()
             (folder,) = uploads.glob("lowrank-studio-*")
-            found[name] = Page(running, canary, folder, notes={"record": record, "long": times(0, 1)})
+            found[name] = Page(running, canary, folder, notes={"record": record})
         yield found
     finally:
         canary.close()

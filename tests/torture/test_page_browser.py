@@ -1,7 +1,6 @@
 """Markup and other pages against a running studio, in a real browser, by one page load."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ import pytest
 from lowrank_align.store import Completion, Judgement, Record, Store
 from tests.browser.actions import fill, show, wait_for_pair, wait_for_text
 from tests.browser.running import Running, begin_studio, chromium
+from tests.torture.forms import LONG
 from tests.torture.page import MARKUPS
 
 Tally = Callable[..., None]
-SHOWN = MARKUPS if os.environ.get("LOWRANK_TORTURE") else MARKUPS[::4]  # typed one by one; the store's list has all
+SHOWN = MARKUPS if LONG else MARKUPS[::4]  # typed one by one; the store's list has all
 SECTION = "The page"
 FAULT, PROMISE = "markup in a real browser: in {}", "nothing runs, nothing is asked of another host"
 ANSWERED = """() => {

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+
+from tests.torture.forms import LONG
+from tests.torture.herd import free_port
 
 SECTION = "Past one GPU"
 TOLERANCE = 1e-5
@@ -160,7 +162,7 @@ def test_several_processes_train_as_one(
     method: str, run: Callable[..., Ended], times: Callable[[int, int], int], tally: Callable[..., None]
 ) -> None:
     """Batches of 5 rows, so that shares differ in size; every gradient as it is before clipping."""
-    if method in ("coh", "rloo", "online-dpo", "expert") and times(0, 1) == 0:
+    if method in ("coh", "rloo", "online-dpo", "expert") and not LONG:
         pytest.skip("in the long form: its loop is that of another method here")
     alone = run(method, f"{method}-alone")
     assert alone.codes == [0], alone.errors
@@ -276,11 +278,9 @@ def test_what_is_wrong_is_said_once(run: Callable[..., Ended], tally: Callable[.
 
 
 @pytest.mark.parametrize("method", ["dpo", "ppo", "kto", "quark"])
-def test_resumed_with_another_count(
-    method: str, run: Callable[..., Ended], times: Callable[[int, int], int], tally: Callable[..., None]
-) -> None:
+def test_resumed_with_another_count(method: str, run: Callable[..., Ended], tally: Callable[..., None]) -> None:
     """One process, two, one, three, a signal after each step: the adapter of a run that was never stopped."""
-    if method in ("kto", "quark") and times(0, 1) == 0:
+    if method in ("kto", "quark") and not LONG:
         pytest.skip("only in the long form")
     whole = run(method, f"{method}-whole", "--max-steps", "4")
     for step, processes in enumerate((1, 2, 1, 3), start=1):
@@ -329,11 +329,10 @@ def test_launched(
     run: Callable[..., Ended],
     tiny_llama: Path,
     cache: Path,
-    times: Callable[[int, int], int],
     tally: Callable[..., None],
 ) -> None:
     """The command line as docs/scaling.md has it: without GPUs too, accelerate starts several only with --multi_gpu."""
-    if launcher == "torchrun" and times(0, 1) == 0:
+    if launcher == "torchrun" and not LONG:
         pytest.skip("only in the long form")
     alone = run("dpo", f"dpo-{launcher}-alone")
     program = Path(sys.executable).with_name(launcher)
@@ -361,9 +360,3 @@ def test_other_commands_are_one_process(command: Callable[..., Any], monkeypatch
     ended = command("doctor")
     assert ended.code == 2
     assert ended.err == "error: doctor: is one process; start it without accelerate launch or torchrun\n"
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])

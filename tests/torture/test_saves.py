@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lowrank_align import checkpoint
+from tests.torture.forge import state_of
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and looks into /proc")
 
@@ -33,6 +33,9 @@ SITUATIONS = {
 CALLS = ("write", "pwrite64", "ftruncate", "fsync", "fdatasync", "rename", "renameat2", "mkdir", "unlinkat", "unlink",
          "rmdir")  # fmt: skip
 
+REFUSED = "earlier checkpoints as they were, exit code 3, one line"
+OLD_STAYS = "exit code 0, the new one is there, a line names what could not be removed"
+
 Times = Callable[[int, int], int]
 Tally = Callable[..., None]
 
@@ -47,12 +50,6 @@ def situation(name: str, folder: Path) -> tuple[int, int]:
         shutil.copytree(folder / "step-1", folder / ".tmp-step-7")
         shutil.copytree(folder / "step-2", folder / "step-2.old")
     return step, keep
-
-
-def state_of(step: int) -> checkpoint.State:
-    """As the process that forks makes it: every part tells its step."""
-    tensors = {"weight": torch.full((64, 8), float(step)), "bias": torch.full((3,), step)}
-    return checkpoint.State(tensors, {"step": step})
 
 
 def step_found(folder: Path) -> int | None:
@@ -72,8 +69,12 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def calls_of(ended: Any) -> list[str]:
-    """The calls that changed files, as `disk.py` counted them."""
-    return [name.split(":")[1] for name in ended.names if name.startswith("disk:")]
+    """The calls that changed files, as `disk.py` counted them, each with its path in the folder."""
+    return [name.removeprefix("disk:") for name in ended.names if name.startswith("disk:")]
+
+
+def removes(call: str) -> bool:
+    return call.startswith(("unlink", "rmdir"))
 
 
 def survived(folder: Path, there: tuple[int, ...], step: int, keep: int) -> bool:
@@ -91,7 +92,7 @@ def test_killed_after_every_call(name: str, forge: Any, tmp_path: Path, tally: T
     """And in the middle of each write."""
     step, keep = situation(name, tmp_path / "counted")
     counted = forge.end(forge.start_save(tmp_path / "counted", step, keep, disk={"under": str(tmp_path / "counted")}))
-    calls = calls_of(counted)
+    calls = [call.split(":")[0] for call in calls_of(counted)]
     assert counted.code == 0 and {"open", "write", "fsync", "rename", "mkdir"} <= set(calls), counted
     kills = [(at, then) for at, call in enumerate(calls, 1) for then in ("kill", "half")[: 1 + (call == "write")]]
     held, wrong = 0, []
@@ -161,17 +162,32 @@ def test_killed_at_every_system_call(name: str, traced: Any, tmp_path: Path, tim
 
 
 def refused(ended: Any, folder: Path, before: dict[str, bytes], step: int, reason: str) -> bool:
-    """Exit code 3 and one line with the reason, or, where only an old one could not be removed, 0 and the new one; the
-    earlier ones are byte for byte as they were, or gone only where the new one has taken their place."""
+    """Exit code 3 and one line with the reason; the earlier ones are byte for byte as they were, or gone only where the
+    new one has taken their place."""
     after = content(folder)
-    untouched = all(after.get(name, before[name]) == before[name] for name in before if not name.startswith("."))
-    if ended.code == 0:
-        return untouched and step_found(folder) == step
     kept = {name for name in before if re.match(r"step-\d+/", name)}
     complete = kept <= after.keys() or step_found(folder) == step or (folder / f"step-{step}.old").is_dir()
     lines = ended.err.splitlines()
     told = ended.code == 3 and len(lines) == 1 and lines[0].startswith("error: ") and reason in lines[0]
-    return untouched and complete and told and step_found(folder) in {step, max_step(before)}
+    return unchanged(after, before) and complete and told and step_found(folder) in {step, max_step(before)}
+
+
+def old_stays(ended: Any, folder: Path, before: dict[str, bytes], step: int, reason: str) -> bool:
+    """The new one is saved; that an old one could not be removed is one line, and no reason to stop."""
+    lines = ended.err.splitlines()
+    told = len(lines) == 1 and lines[0].startswith("could not remove old checkpoints") and reason in lines[0]
+    return ended.code == 0 and told and unchanged(content(folder), before) and step_found(folder) == step
+
+
+def unchanged(after: dict[str, bytes], before: dict[str, bytes]) -> bool:
+    return all(after.get(name, before[name]) == before[name] for name in before if not name.startswith("."))
+
+
+def count_refusals(tally: Tally, fault: str, held: Counter[bool], of: Counter[bool]) -> None:
+    """Apart: the calls that remove an old checkpoint."""
+    for removing, count in of.items():
+        what, promise = ("removes an old one", OLD_STAYS) if removing else ("changes files", REFUSED)
+        tally("Kill and resume", fault.format(what), promise, held=held[removing], of=count)
 
 
 def max_step(files: dict[str, bytes]) -> int | None:
@@ -185,22 +201,24 @@ def test_the_disk_refuses_every_call(name: str, lasting: bool, forge: Any, tmp_p
     step, keep = situation(name, tmp_path / "counted")
     counted = forge.end(forge.start_save(tmp_path / "counted", step, keep, disk={"under": str(tmp_path / "counted")}))
     for code, reason in REFUSALS.items():
-        calls = [
-            at for at, call in enumerate(calls_of(counted), 1) if code != "ENOSPC" or call not in ("unlink", "rmdir")
-        ]
-        held, wrong = 0, []
-        for at in calls:
+        calls = [(at, call) for at, call in enumerate(calls_of(counted), 1) if call != "mkdir:."]  # it is there
+        calls = [(at, call) for at, call in calls if code != "ENOSPC" or not removes(call)]
+        of, held, wrong = Counter[bool](), Counter[bool](), []
+        for at, call in calls:
             folder = tmp_path / f"{code}-{at}"
             situation(name, folder)
             before = content(folder)
             disk = {"under": str(folder), "at": at, "then": code, "lasting": lasting}
             ended = forge.end(forge.start_save(folder, step, keep, disk=disk))
-            fine = refused(ended, folder, before, step, reason) and survived(folder, SITUATIONS[name][0], step, keep)
-            held += fine
+            as_promised = old_stays if removes(call) else refused
+            fine = as_promised(ended, folder, before, step, reason) and survived(
+                folder, SITUATIONS[name][0], step, keep
+            )
+            of[removes(call)] += 1
+            held[removes(call)] += fine
             if not fine:
-                wrong.append((code, at, calls_of(counted)[at - 1], ended, sorted(content(folder))))
-        tally("Kill and resume", f"{reason} ({code}) at each call of a save that changes files",
-              "earlier checkpoints as they were, exit code 3, one line", held=held, of=len(calls))  # fmt: skip
+                wrong.append((code, at, call, ended, sorted(content(folder))))
+        count_refusals(tally, f"{reason} ({code}) at each call of a save that {{}}", held, of)
         assert not wrong
 
 
@@ -209,22 +227,23 @@ def test_the_kernel_refuses_every_call(code: str, traced: Any, tmp_path: Path, t
     """The same through strace: safetensors' own writes too."""
     step, keep = situation("one goes", tmp_path / "run")
     _, calls = traced(tmp_path / "run", step, keep)
-    calls = [call for call in calls if code != "ENOSPC" or call[0] not in ("unlink", "unlinkat", "rmdir")]
+    calls = [(call, at) for call, at in calls if (call, at) != ("mkdir", 1)]  # of the folder, which is there
+    calls = [(call, at) for call, at in calls if code != "ENOSPC" or not removes(call)]
     moments = random.Random(code).sample(calls, times(2, len(calls)))
-    held, wrong = 0, []
+    of, held, wrong = Counter[bool](), Counter[bool](), []
     for call, at in moments:
         shutil.rmtree(tmp_path / "run")
         situation("one goes", tmp_path / "run")
         before = content(tmp_path / "run")
         ended, _ = traced(tmp_path / "run", step, keep, "-e", f"inject={call}:error={code}:when={at}")
-        fine = refused(ended, tmp_path / "run", before, step, REFUSALS[code]) and survived(
-            tmp_path / "run", SITUATIONS["one goes"][0], step, keep
-        )
-        held += fine
+        as_promised = old_stays if removes(call) else refused
+        fine = as_promised(ended, tmp_path / "run", before, step, REFUSALS[code])
+        fine = fine and survived(tmp_path / "run", SITUATIONS["one goes"][0], step, keep)
+        of[removes(call)] += 1
+        held[removes(call)] += fine
         if not fine:
             wrong.append((call, at, ended, sorted(content(tmp_path / "run"))))
-    tally("Kill and resume", f"{code} at each system call of a save that changes files (strace)",
-          "earlier checkpoints as they were, exit code 3, one line", held=held, of=len(moments))  # fmt: skip
+    count_refusals(tally, f"{code} at each system call of a save that {{}} (strace)", held, of)
     assert not wrong
 
 
@@ -275,7 +294,7 @@ def test_the_disk_refuses_a_call_of_a_run(forge: Any, short_run: Any, times: Tim
     place, counted, expected = short_run
     calls, draw = calls_of(counted), random.Random("a run's disk")
     moments = sorted(draw.sample(range(1, len(calls) + 1), times(6, len(calls))))
-    of, held, resumed, wrong = Counter[str](), Counter[str](), 0, []
+    of, held, resumed, wrong = Counter[tuple[str, bool]](), Counter[tuple[str, bool]](), 0, []
     for number, at in enumerate(moments):
         code, lasting = list(REFUSALS)[number % 3], bool(number // 3 % 2)
         out = f"{code}-{at}"
@@ -283,8 +302,10 @@ def test_the_disk_refuses_a_call_of_a_run(forge: Any, short_run: Any, times: Tim
             place, "reward", out, disk={"under": str(place / out), "at": at, "then": code, "lasting": lasting}
         )
         last = ended.err.splitlines()[-1:] or [""]
-        if ended.code == 0:  # an old checkpoint that could not be removed
-            fine = forge.outcome(place / out) == expected
+        one_stays = re.match(r"(unlink|rmdir):checkpoints/step-", calls[at - 1]) is not None and not lasting
+        if one_stays:
+            fine = ended.code == 0 and "could not remove old checkpoints" in ended.err
+            fine = fine and forge.outcome(place / out) == expected
         else:
             fine = ended.code in (3, 75) and last[0].startswith("error: ") and REFUSALS[code] in last[0]
         fine = fine and "Traceback" not in ended.err
@@ -293,15 +314,16 @@ def test_the_disk_refuses_a_call_of_a_run(forge: Any, short_run: Any, times: Tim
         goes_on = again.code == 0 and forge.outcome(place / out) == expected
         whole = ended.code == 0 or "finished already" in again.out  # the last call syncs what says so
         goes_on = goes_on and (newest is None or whole or f"resumed from {newest[0].name}" in again.out)
-        of[code] += 1
-        held[code] += fine
+        of[code, one_stays] += 1
+        held[code, one_stays] += fine
         resumed += goes_on
         if not (fine and goes_on):
-            call = [name for name in counted.names if name.startswith("disk:")][at - 1]
-            wrong.append((out, lasting, call, ended, again))
-    for code in of:
-        tally("Kill and resume", f"{REFUSALS[code]} ({code}) at each call of a run that changes its folder",
-              "exit code 3 or 75, one line, no traceback", held=held[code], of=of[code])  # fmt: skip
+            wrong.append((out, lasting, calls[at - 1], ended, again))
+    for (code, one_stays), count in of.items():
+        what = "removes an old checkpoint" if one_stays else "changes its folder"
+        promise = "exit code 0, the end of a run, a line names it" if one_stays else "exit code 3 or 75, one line"
+        tally("Kill and resume", f"{REFUSALS[code]} ({code}) at each call of a run that {what}", promise,
+              held=held[code, one_stays], of=count)  # fmt: skip
     tally("Kill and resume", "a disk that refused a run and is well again", "--resume ends with the same bytes",
           held=resumed, of=len(moments))  # fmt: skip
     assert not wrong

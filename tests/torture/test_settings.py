@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 import pytest
 
@@ -231,4 +231,4 @@ def test_choices_and_switches(tally: Any) -> None:
     tally(SECTION, "choices and switches of the wrong kind", "one line that begins with the knob",
           held=tried - len(wrong), of=tried)  # fmt: skip
     assert not wrong, "\n".join(wrong[:40])
-    assert get_origin(Literal["a"]) is Literal and tried > 50
+    assert tried > 50

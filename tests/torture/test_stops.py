@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from tests.torture.forge import METHODS
+
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and looks into /proc")
 
-METHODS = ("sft", "reward", "dpo", "ppo", "grpo")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LAST = 4  # steps of a run
 
