@@ -30,12 +30,13 @@ class Disk:
 
     def call(self, name: str, path: Any, act: Callable[[], Any], half: Callable[[], Any] | None = None) -> Any:
         place = os.path.realpath(path)
-        if place != self.under and not place.startswith(self.under + os.sep):
+        outside = place != self.under and not place.startswith(self.under + os.sep)
+        if outside or (name == "mkdir" and os.path.isdir(place)):  # which is there already, and nothing is changed
             return act()
         self.count += 1
         self.tell(f"disk:{name}:{os.path.relpath(place, self.under)}")
         if self.then in ("kill", "half") and self.count == self.at:
-            with contextlib.suppress(OSError):  # such as a folder that is there already
+            with contextlib.suppress(OSError):  # the call may fail without our help
                 (half or act)() if self.then == "half" else act()
             os.kill(os.getpid(), signal.SIGKILL)
         elif self.at and self.fails(name):
