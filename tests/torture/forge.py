@@ -277,6 +277,7 @@ def fork(
     code = 1
     try:
         sys.stdout, sys.stderr = open(f"{log}.out", "w"), open(f"{log}.err", "w")  # noqa: SIM115  until the end
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
         Told.pipe, Told.gate, Told.wait_at = told, waits, wait_at
         os.chdir(folder)
         tell("start")
