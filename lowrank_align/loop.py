@@ -24,7 +24,6 @@ from lowrank_align.batch_sizes import BatchSizes
 from lowrank_align.config import TrainSettings
 from lowrank_align.early_stopping import BestSoFar
 from lowrank_align.errors import (
-    EnvironmentProblem,
     NoNumbers,
     NumericError,
     Stopped,
@@ -389,9 +388,7 @@ class Loop:
         saved = self.run_folder.checkpoints
         found = checkpoint.latest(saved) if self.settings.resume else None
         if found is None and self.settings.resume and checkpoint.any_there(saved):
-            raise EnvironmentProblem(
-                f"{saved}: none of the checkpoints is whole; put back a copy, or begin again with --overwrite"
-            )
+            self.progress.note(f"none of the checkpoints in {saved} is whole: the run begins again at step 1")
         return found
 
     def _resume(self) -> int:

@@ -588,16 +588,17 @@ def test_a_damaged_checkpoint_is_not_said_to_be_saved(
     assert verify(there, 2) is None
 
 
-def test_no_whole_checkpoint_is_no_reason_to_begin_again(run: Run, tmp_path: Path) -> None:
-    """What is there may be mended or have a copy: the run is left as it is."""
+def test_where_no_checkpoint_is_whole_the_run_begins_again_and_says_so(run: Run) -> None:
     folder = run("sft", ROWS, "run", max_steps=4, save_steps=2, keep_checkpoints=9, **FAST)
+    before = adapter_bytes(folder)
     state = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(state | {"state": "running"}))
     for step in (2, 4):
         (folder / f"checkpoints/step-{step}/tensors.safetensors").write_bytes(b"")
-    with pytest.raises(EnvironmentProblem, match="checkpoints: none of the checkpoints is whole; put back a copy, or"):
-        run("sft", ROWS, "run", max_steps=4, save_steps=2, keep_checkpoints=9, resume=True, **FAST)
-    assert len(metrics_of(folder)) == 4 and len(list((folder / "checkpoints").iterdir())) == 2
+    progress = Notes()
+    run("sft", ROWS, "run", max_steps=4, save_steps=2, keep_checkpoints=9, resume=True, progress=progress, **FAST)
+    assert [note for note in progress.notes if "is whole: the run begins again at step 1" in note]
+    assert adapter_bytes(folder) == before
 
 
 def test_checkpoints_kept(run: Run) -> None:
