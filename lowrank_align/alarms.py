@@ -128,7 +128,7 @@ class KLWatch(Alarm):
         before = f" ({median(kls[:-NOW]):.1f} before)" if kls[:-NOW] else ""
         return (
             f"KL has blown up to {median(kls[-NOW:]):.1f} nats an answer{before}: the policy is leaving its reference;"
-            f" raise {self.price} or lower --learning-rate, from a checkpoint before"
+            f" begin again with a higher {self.price} or a lower --learning-rate, and a new --out"
         )
 
 
@@ -179,7 +179,7 @@ class LikelihoodWatch(Alarm):
         lost = 100 * median(self._column(0)[-WINDOW:])
         return (
             f"the chosen answers have lost {lost:.0f} % of their log-probability while margins grew (likelihood"
-            " displacement): lower --learning-rate, raise --beta, or add nll to --loss"
+            " displacement): begin again with a lower --learning-rate, a higher --beta, or nll added to --loss"
         )
 
     def state_dict(self) -> dict[str, Any]:

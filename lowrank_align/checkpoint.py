@@ -154,6 +154,11 @@ def sealed_steps(folder: Path) -> list[int]:
     return [step for step, path in _candidates(folder) if (path / MANIFEST).is_file()]
 
 
+def any_there(folder: Path) -> bool:
+    """Whether there is a checkpoint at all, whole or damaged; a kill leaves none that is half written."""
+    return bool(_candidates(folder))
+
+
 def flatten(prefix: str, nested: Any) -> State:
     """A nested structure, such as an optimiser's `state_dict()`, as a State: tensors named `prefix/key/...`, the rest
     under `values[prefix]`. Tensors are detached, not copied. `unflatten` is its exact inverse."""

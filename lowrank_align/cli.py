@@ -28,7 +28,7 @@ from lowrank_align.errors import (
     is_out_of_memory,
     nearest,
 )
-from lowrank_align.stopping import sigterm_interrupts
+from lowrank_align.stopping import ends_interrupt
 from lowrank_align.terminal import Visible, make_console, say, visible
 
 SHORT_FLAGS = {"completions": "-n", "rows": "-n", "group_size": "-G"}
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command not in METHODS and "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
             raise UserError(f"{command}: is one process; start it without accelerate launch or torchrun")
-        with sigterm_interrupts() if command in METHODS else nullcontext():
+        with ends_interrupt() if command in METHODS else nullcontext():
             return _run(command, arguments)
     except UserError as error:
         # one line, whatever a user's function raised; what was stopped on request is no error

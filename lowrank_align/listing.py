@@ -130,7 +130,13 @@ def print_runs(folder: Path, console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("run", "method", "state", "steps", "loss", "metric", "disk", "created", "from"):
         numbers, whole = heading in ("steps", "loss", "disk"), heading not in ("run", "from")
-        table.add_column(heading, justify="right" if numbers else "left", overflow="fold", no_wrap=whole)
+        table.add_column(
+            heading,
+            justify="right" if numbers else "left",
+            overflow="fold",
+            no_wrap=whole,
+            min_width=12 if heading == "run" else None,
+        )
     runs = list_runs(folder)
     for run in runs:
         metric = f"{run.key_metric[0]} {run.key_metric[1]:.3g}" if run.key_metric else ""

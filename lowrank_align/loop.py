@@ -242,7 +242,7 @@ class Loop:
         if not all_finite(self._weights()):
             raise NumericError(
                 f"{self.run_folder.path}: the update of step {step} left weights that are not finite, which are not"
-                " saved; lower --learning-rate, then --resume from the last checkpoint"
+                " saved; begin again with a lower --learning-rate and a new --out"
             )
 
     def _skip(self, what: str, step: int, updates: int = 1) -> None:
@@ -250,7 +250,7 @@ class Loop:
         try:
             self.skips.add(step, updates)
         except NumericError as enough:
-            raise NumericError(f"{self.run_folder.path}: {enough}, then --resume from the last checkpoint") from None
+            raise NumericError(f"{self.run_folder.path}: {enough}") from None
 
     def _skip_round(self, what: str, step: int) -> None:
         """A step that is left out whole; the schedule goes on all the same."""
@@ -384,10 +384,16 @@ class Loop:
             f"{error}; step {step} of {self.total_steps} is saved, the same command with --resume goes on"
         )
 
+    def _newest(self) -> tuple[Path, checkpoint.State] | None:
+        saved = self.run_folder.checkpoints
+        found = checkpoint.latest(saved) if self.settings.resume else None
+        if found is None and self.settings.resume and checkpoint.any_there(saved):
+            self.progress.note(f"none of the checkpoints in {saved} is whole: the run begins again at step 1")
+        return found
+
     def _resume(self) -> int:
         """Take up the newest checkpoint that verifies; the step it was written at, 0 without one."""
-        saved = self.run_folder.checkpoints
-        found = self.workers.of_first(lambda: checkpoint.latest(saved) if self.settings.resume else None)
+        found = self.workers.of_first(self._newest)
         if found is None:
             self.run_folder.truncate_metrics(0)
             return 0

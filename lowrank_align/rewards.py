@@ -40,7 +40,7 @@ def load_function(reward: str) -> RewardFunction:
         if error.name and module_name.startswith(error.name):
             raise UserError(f"{reward}: no module {module_name} in the current folder or the environment") from error
         raise UserError(f"{reward}: its module imports {error.name}, which is not installed") from error
-    except Exception as error:  # whatever the user's module does on import
+    except (Exception, SystemExit) as error:  # whatever the user's module does on import
         raise UserError(f"{reward}: importing {module_name} failed: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -86,7 +86,7 @@ def _called(function: RewardFunction, prompts: Sequence[str], completions: Seque
     try:
         given = function(list(prompts), list(completions))
         parts = list(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping) else None
-    except Exception as error:  # whatever the user's function does
+    except (Exception, SystemExit) as error:  # whatever the user's function does
         raise UserError(f"raised {type(error).__name__}: {error}{_place(error)}") from error
     try:
         scores = [float(part) for part in parts]  # type: ignore[union-attr]
@@ -100,7 +100,7 @@ def _called(function: RewardFunction, prompts: Sequence[str], completions: Seque
     return scores
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """` (file.py:12)`: where the user's code raised."""
     frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is ours
     return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""

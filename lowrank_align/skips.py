@@ -19,6 +19,7 @@ class Skips:
         self.in_a_row += updates
         if self.in_a_row < self.steps_allowed * self.updates_per_step:
             return
-        ever = self.in_a_row < step * self.updates_per_step
-        advice = "lower --learning-rate" if ever else "not one was taken: look at the model, --adapter and the reward"
+        advice = "begin again with a lower --learning-rate and a new --out"
+        if self.in_a_row >= step * self.updates_per_step:
+            advice = "not one was taken: look at the model, --adapter and the reward"
         raise NumericError(f"{self.steps_allowed} steps in a row without finite numbers; {advice}")

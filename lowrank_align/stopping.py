@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish to stop at the next step boundary, with everything saved."""
+"""SIGINT, SIGTERM and SIGHUP as a wish to stop at the next step boundary, with everything saved."""
 
 import logging
 import signal
@@ -20,7 +20,7 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, *_ends()):
                 self._before[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -36,8 +36,8 @@ class StopSignals:
 
 
 @contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM as Ctrl-C where no `StopSignals` hold: while a run is made ready, before there is anything to save."""
+def ends_interrupt() -> Iterator[None]:
+    """What ends a program as Ctrl-C where no `StopSignals` hold: while a run is made ready, with nothing to save."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -45,8 +45,15 @@ def sigterm_interrupts() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in _ends()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ends() -> list[int]:
+    """SIGTERM, and where the system has it SIGHUP, a closed terminal, unless `nohup` said to go on without one."""
+    hangups = [getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name)]
+    return [signal.SIGTERM, *(one for one in hangups if signal.getsignal(one) != signal.SIG_IGN)]

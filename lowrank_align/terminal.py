@@ -6,6 +6,7 @@
 
 import builtins
 import logging
+import os
 import unicodedata
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,13 @@ def make_console(**options: Any) -> "Console":
         def process_renderables(self, renderables: Iterable[Any]) -> list[Any]:
             return [Shown(renderable) for renderable in renderables]
 
-    console = Console(**{"highlight": False, **options})
+    class Unread(Console):
+        def on_broken_pipe(self) -> None:
+            """Rich would exit here: a run goes on when nobody reads it any more."""
+            self.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+    console = Unread(**{"highlight": False, **options})
     console.push_render_hook(Guard())
     return console
 

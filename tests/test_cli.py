@@ -34,6 +34,17 @@ def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
+def test_a_run_that_nobody_reads_goes_on(here: Path, tiny_llama: Path) -> None:
+    """As in `lowrank-align sft ... | head -1`: rich would end the process there, and nothing would be saved."""
+    argv = [sys.executable, "-m", "lowrank_align", "sft", "--model", str(tiny_llama), "--data", "demonstrations.jsonl"]
+    with subprocess.Popen([*argv, *FEW, "--out", "unread"], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.close()
+        assert child.wait() == 0
+    assert json.loads((here / "unread/run.json").read_text())["state"] == "finished"
+
+
 @pytest.fixture
 def sft(tiny_llama: Path) -> tuple[object, ...]:
     return ("sft", "--model", tiny_llama, "--data", "demonstrations.jsonl", *FEW)

@@ -398,7 +398,9 @@ def test_the_last_step_without_numbers(run: Run, monkeypatch: pytest.MonkeyPatch
 def test_five_in_a_row_end_the_run(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Four bad steps, one good, then bad ones only: the sixth of these is never reached. Exit code 4."""
     poison(monkeypatch, float("nan"), 1, 2, 3, 4, *range(6, 1000))
-    with pytest.raises(NumericError, match="5 steps in a row without finite numbers; lower --learning-rate") as error:
+    with pytest.raises(
+        NumericError, match="5 steps in a row without finite numbers; begin again with a lower"
+    ) as error:
         run("sft", ROWS, "run", batch_size=2, micro_batch_size=2, max_steps=30, save_steps=1, **FAST)
     assert error.value.exit_code == 4
     assert [line["skipped"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4, 4, 5, 6, 7, 8]
@@ -586,6 +588,19 @@ def test_a_damaged_checkpoint_is_not_said_to_be_saved(
     assert verify(there, 2) is None
 
 
+def test_where_no_checkpoint_is_whole_the_run_begins_again_and_says_so(run: Run) -> None:
+    folder = run("sft", ROWS, "run", max_steps=4, save_steps=2, keep_checkpoints=9, **FAST)
+    before = adapter_bytes(folder)
+    state = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(state | {"state": "running"}))
+    for step in (2, 4):
+        (folder / f"checkpoints/step-{step}/tensors.safetensors").write_bytes(b"")
+    progress = Notes()
+    run("sft", ROWS, "run", max_steps=4, save_steps=2, keep_checkpoints=9, resume=True, progress=progress, **FAST)
+    assert [note for note in progress.notes if "is whole: the run begins again at step 1" in note]
+    assert adapter_bytes(folder) == before
+
+
 def test_checkpoints_kept(run: Run) -> None:
     """Every second of 7 steps and the last; the newest two stay."""
     folder = run("sft", ROWS, "run", max_steps=7, save_steps=2, keep_checkpoints=2)
@@ -631,6 +646,21 @@ def test_signals_are_given_back() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
+def test_a_closed_terminal_stops_a_run_unless_nohup_said_otherwise() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.asked
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_no_handlers_outside_the_main_thread() -> None:

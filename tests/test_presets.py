@@ -229,6 +229,7 @@ def test_settings_of_other_commands(own: Path) -> None:
             "model: x\nmethods: {dpo: {loss: ipo, label_smoothing: 0.1}}",
             "methods.dpo: label_smoothing is for loss: robust and sigmoid, not ipo",
         ),
+        ("model: x\nnotes: a\nmodel: y", "not valid YAML (model stands there twice)"),
         ("model: x\na: &a [x, x]\nnotes: *a", "not valid YAML (aliases (*name) are not taken)"),
         ("", "empty; a preset names at least a model"),
         ("- model", "needs lines of `setting: value`"),

@@ -140,6 +140,7 @@ def test_what_cannot_be_loaded(source: str | None, name: str, message: str, modu
             "raised ZeroDivisionError: division by zero ({file}:2) for the prompt 'p2'",
             2,
         ),
+        ("raise SystemExit", "raised SystemExit:  ({file}:2) for the prompt 'p1'", 2),
         ("return None", "returned None, which is not a list with a number for each completion, for the prompt 'p1'", 2),
         ("return [1.0, 'good']", "returned [1.0, 'good'], which is not a list with a number for each completion", 2),
         ("return [1.0, None]", "returned [1.0, None], which is not a list with a number for each completion", 2),

@@ -1,6 +1,7 @@
 """A run's folder: what is refused, what is removed, who holds it, and what the listing tells."""
 
 import errno
+import io
 import json
 import math
 import os
@@ -369,6 +370,10 @@ def test_the_listing(tmp_path: Path) -> None:
     assert (found["sft"].state, found["sft"].key_metric, found["sft"].parent) == ("finished", None, None)
     own = [sft / name for name in (".lock", "run.json", "metrics.jsonl")]
     assert found["sft"].disk_bytes == 1000 + sum(file.stat().st_size for file in own)
+
+    narrow = Console(file=io.StringIO(), width=80)
+    print_runs(tmp_path, narrow)
+    assert all(f"\n{name} " in f"\n{narrow.file.getvalue()}" for name in found)  # type: ignore[attr-defined]
 
     (dpo / "checkpoints" / "step-20" / "manifest.json").write_text("{}")
     assert next(info.state for info in list_runs(tmp_path) if info.name == "dpo") == "stopped (resumable)"

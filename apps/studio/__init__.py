@@ -56,7 +56,7 @@ def lock_store(store: Path) -> FileLock:
         store.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EnvironmentProblem(f"{store.parent}: cannot be made: {error.strerror}; choose another --store") from error
-    beside = store.with_name(store.name + ".lock")
+    beside = Path(os.path.realpath(store) + ".lock")  # one store, also under the name of a link
     return FileLock(beside, busy=f"{store}: another studio has it open", advice="end that one, or name another --store")
 
 

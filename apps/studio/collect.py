@@ -14,7 +14,7 @@ from lowrank_align.studio.studio import Studio
 
 from .collect_panels import Panels
 from .collect_parts import EMPTY, Parts, lay_out
-from .manners import AT_ONCE, QUIET, told
+from .manners import AT_ONCE, QUIET, told, told_in
 
 STRENGTHS = {"slightly": 1, "clearly": 2, "by far": 3}
 
@@ -53,7 +53,8 @@ class Handlers:
             if outputs is None or outputs[: len(view)] == view:
                 inputs, outputs = [p.sent, p.pair, *inputs], [p.sent, *(outputs or view)]
                 handler = self.only_new(handler)
-            trigger(told(handler), inputs, outputs, **AT_ONCE)
+            handler = told_in(p.message, outputs, handler) if p.message in outputs else told(handler)
+            trigger(handler, inputs, outputs, **AT_ONCE)
 
         for trigger in (p.draw.click, p.prompt.submit):
             on(trigger, self.draw, [who, p.pair, p.prompt, p.system, p.typed])

@@ -65,13 +65,33 @@ def plain(
     )
 
 
+def told_in(line: gr.Textbox, outputs: list[Any], handler: Callable[..., Any]) -> Callable[..., Any]:
+    """The handler with its errors in a line of the page, which is one of the outputs.
+
+    For events that are `AT_ONCE`: Gradio shows no toast for those.
+    """
+
+    @functools.wraps(handler)
+    def answering(*values: Any) -> Any:
+        try:
+            return handler(*values)
+        except Exception as error:
+            return [_words(error) if part is line else gr.skip() for part in outputs]
+
+    return answering
+
+
 def _shown(error: Exception) -> Exception:
     if isinstance(error, gr.Error):
         return error
+    return gr.Error(_as_text(_words(error)), title="", duration=SECONDS_SHOWN, print_exception=False)
+
+
+def _words(error: Exception) -> str:
     if isinstance(error, UserError):
-        return gr.Error(_as_text(sentence(str(error))), title="", duration=SECONDS_SHOWN, print_exception=False)
+        return sentence(str(error))
     log.error("a handler of the page failed", exc_info=error)
-    return gr.Error(OWN_FAULT, title="", duration=SECONDS_SHOWN, print_exception=False)
+    return OWN_FAULT
 
 
 def _as_text(text: str) -> str:

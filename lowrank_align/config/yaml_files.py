@@ -49,7 +49,17 @@ def parse_yaml(text: str, path: str | Path) -> dict[str, Any]:
 
 
 class _Plain(yaml.SafeLoader):
-    """Without aliases: no setting needs one, and a page of them can stand for more than the memory holds."""
+    """Without aliases: no setting needs one, and a page of them can stand for more than the memory holds.
+
+    And without keys that stand there twice, of which YAML would take the last in silence.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if key.value in names[:place]:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):

@@ -116,7 +116,7 @@ def _state_positions(config: dict[str, Any]) -> None:
 def _generation(source: Source) -> dict[str, Any]:
     """The base's generation settings, which stop where our rollouts do and at what else the base stops at."""
     file = source.base / GENERATION
-    found = _read(file) if file.is_file() else {}
+    found = _read(file) if file.is_file() and stays(file, source.base) else {}
     if found.pop("_from_model_config", False):  # else transformers reads config.json in this file's place
         found = {key: value for key, value in found.items() if key.endswith("_token_id")}
     own = found.get("eos_token_id")

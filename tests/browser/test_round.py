@@ -2,6 +2,8 @@
 
 import json
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,14 @@ def test_by_mouse(studio: Any, open_page: Any, pictures: Path) -> None:
     page.click("#collect-queue-panel > button, #collect-queue-panel .label-wrap")
     page.click("#collect-examples")
     before = wait_for_pair(page)
+
+    # a vote that the store refuses: why is told, and the pair stays
+    with closing(sqlite3.connect(studio.folder / "studio.db", isolation_level=None)) as other:
+        other.execute("CREATE TRIGGER refuse BEFORE INSERT ON records BEGIN SELECT RAISE(ABORT, 'no'); END")
+        page.click("#vote-a")
+        wait_for_text(page, "collect-message", "Nothing that was kept is lost")
+        other.execute("DROP TRIGGER refuse")
+    assert shown_pair(page) == before
 
     # a vote with strength and reason, taken back as it was, and given again
     page.locator("#collect-strength label").nth(1).click()

@@ -64,6 +64,15 @@ def test_generation_stops_at_the_turns_end_and_where_the_base_stops(
     assert found["temperature"] == 0.6
 
 
+def test_settings_that_lead_out_of_the_base_are_not_published(source: Callable[..., Source], tmp_path: Path) -> None:
+    made = source()
+    (tmp_path / "secret.json").write_text('{"suffix": "topsecret"}')
+    (made.base / "generation_config.json").unlink(missing_ok=True)
+    (made.base / "generation_config.json").symlink_to(tmp_path / "secret.json")
+    written(made, tmp_path / "out")
+    assert "topsecret" not in (tmp_path / "out" / "generation_config.json").read_text()
+
+
 def test_the_config_is_the_bases_own_with_positions_in_both_forms(
     source: Callable[..., Source], tmp_path: Path
 ) -> None:

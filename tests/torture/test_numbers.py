@@ -212,7 +212,7 @@ def five_and_out(run: Run, method: str, name: str, step: int, tmp_path: Path, **
         go(run, method, name, max_steps=step + 9, **knobs)
         wrong.append("it went on")
     except NumericError as error:
-        advice = "lower --learning-rate" if step > 1 else "not one was taken"
+        advice = "begin again with a lower --learning-rate" if step > 1 else "not one was taken"
         if error.exit_code != 4 or f"5 steps in a row without finite numbers; {advice}" not in str(error):
             wrong.append(str(error))
     steps = [line["step"] for line in lines_of(tmp_path / name)]
