@@ -12,17 +12,16 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lowrank_align.durable import sync_folder, write_synced
 from lowrank_align.errors import EnvironmentProblem, NumericError, is_out_of_memory, said_shortly
 from lowrank_align.json_files import read_json
+from lowrank_align.training_state import State, decode, encode
 
 if TYPE_CHECKING:
     import torch
@@ -35,34 +34,6 @@ SPACE_MARGIN_BYTES = 16 * 2**20
 HEADER_BYTES_PER_TENSOR = 512  # name, dtype, shape and offsets in the safetensors header, generously
 
 
-@dataclass(frozen=True)
-class TensorRef:
-    """Stands in a nested value for the tensor of that name in `State.tensors`."""
-
-    name: str
-
-
-@dataclass(eq=False)
-class State:
-    """What a training run needs to go on bitwise.
-
-    `tensors`: flat names to tensors of any shape and dtype (adapters, heads, optimiser moments, RNG states as uint8).
-    `values`: None, bool, int, float, str, and lists, tuples, dicts and `TensorRef`s of them; all come back exactly,
-    tuples as tuples, integer keys as integers, infinities as infinities.
-    """
-
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)
-
-    def update(self, other: State) -> None:
-        """Take over everything of `other`; a name that is already here is a ValueError."""
-        taken = (self.tensors.keys() & other.tensors.keys()) | (self.values.keys() & other.values.keys())
-        if taken:
-            raise ValueError(f"state holds these names already: {sorted(taken)}")
-        self.tensors.update(other.tensors)
-        self.values.update(other.values)
-
-
 def save(folder: Path, step: int, state: State, keep: int) -> Path:
     """Write `folder/step-N`, then remove all but the `keep` newest. Returns the new checkpoint's path.
 
@@ -71,7 +42,7 @@ def save(folder: Path, step: int, state: State, keep: int) -> Path:
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: at least the new checkpoint stays")
-    values_json = json.dumps({"format": FORMAT, "values": _encode(state.values)}, allow_nan=False).encode()
+    values_json = json.dumps({"format": FORMAT, "values": encode(state.values)}, allow_nan=False).encode()
     temporary, final = folder / f".tmp-step-{step}", folder / f"step-{step}"
     try:
         _refuse_non_finite(state, step)
@@ -159,45 +130,6 @@ def any_there(folder: Path) -> bool:
     return bool(_candidates(folder))
 
 
-def flatten(prefix: str, nested: Any) -> State:
-    """A nested structure, such as an optimiser's `state_dict()`, as a State: tensors named `prefix/key/...`, the rest
-    under `values[prefix]`. Tensors are detached, not copied. `unflatten` is its exact inverse."""
-    import torch
-
-    state = State()
-
-    def walk(name: str, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            while name in state.tensors:  # the keys 0 and "0" side by side
-                name += "'"
-            state.tensors[name] = value.detach()
-            return TensorRef(name)
-        if isinstance(value, dict):
-            return {key: walk(f"{name}/{key}", item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            items = [walk(f"{name}/{place}", item) for place, item in enumerate(value)]
-            return tuple(items) if isinstance(value, tuple) else items
-        return value
-
-    state.values[prefix] = walk(prefix, nested)
-    return state
-
-
-def unflatten(prefix: str, state: State) -> Any:
-    """The structure that `flatten(prefix, ...)` took apart."""
-
-    def walk(value: Any) -> Any:
-        if isinstance(value, TensorRef):
-            return state.tensors[value.name]
-        if isinstance(value, dict):
-            return {key: walk(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(walk(item) for item in value)
-        return value
-
-    return walk(state.values[prefix])
-
-
 def _refuse_non_finite(state: State, step: int) -> None:
     import torch
 
@@ -258,7 +190,7 @@ def _for_disk(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _read(path: Path) -> State:
     from safetensors.torch import load_file
 
-    values = _decode(json.loads((path / VALUES).read_bytes())["values"])
+    values = decode(json.loads((path / VALUES).read_bytes())["values"])
     # Copies: a memory-mapped file could not be removed on Windows when its turn to go comes.
     return State({name: tensor.clone() for name, tensor in load_file(path / TENSORS).items()}, values)
 
@@ -300,43 +232,6 @@ def _candidates(folder: Path) -> list[tuple[int, Path]]:
     found = [(match, path) for path in folder.iterdir() if (match := re.fullmatch(r"step-(\d+)(\.old)?", path.name))]
     ordered = sorted(found, key=lambda pair: (-int(pair[0][1]), pair[1].name))
     return [(int(match[1]), path) for match, path in ordered if path.is_dir() and not path.is_symlink()]
-
-
-def _encode(value: Any) -> Any:
-    """JSON for what JSON has no word for, as an object with one key that starts with `!`."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {"!float": repr(float(value))}
-    if isinstance(value, TensorRef):
-        return {"!tensor": value.name}
-    if isinstance(value, tuple):
-        return {"!tuple": [_encode(item) for item in value]}
-    if isinstance(value, list):
-        return [_encode(item) for item in value]
-    if isinstance(value, dict):
-        looks_tagged = len(value) == 1 and str(next(iter(value))).startswith("!")
-        if looks_tagged or not all(isinstance(key, str) for key in value):
-            return {"!dict": [[_encode(key), _encode(item)] for key, item in value.items()]}
-        return {key: _encode(item) for key, item in value.items()}
-    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}: {value!r:.80}")
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_decode(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    match list(value.items()):
-        case [("!float", text)]:
-            return float(text)
-        case [("!tensor", name)]:
-            return TensorRef(name)
-        case [("!tuple", items)]:
-            return tuple(_decode(item) for item in items)
-        case [("!dict", pairs)]:
-            return {_decode(key): _decode(item) for key, item in pairs}
-    return {key: _decode(item) for key, item in value.items()}
 
 
 def _sha256(path: Path) -> str:

@@ -17,11 +17,12 @@ from lowrank_align.config import OnlineSettings, TrainSettings, is_function, rea
 from lowrank_align.devices import check_device
 from lowrank_align.errors import EnvironmentProblem, UserError, nearest
 from lowrank_align.loading import model_folder, read_config
+from lowrank_align.out_folders import check_place
 from lowrank_align.plan import size_bytes
 from lowrank_align.provenance import read_provenance, weights_hash
 from lowrank_align.rewards import load_function
 from lowrank_align.rollout_server import RolloutServer
-from lowrank_align.runs import check_place, read_state
+from lowrank_align.runs import read_state
 from lowrank_align.workers import launched_processes
 
 log = logging.getLogger(__name__)

@@ -178,7 +178,9 @@ def _run(command: str, arguments: dict[str, Any]) -> int:
     trusted = arguments.pop("trust_remote_code", False)
     settings = resolve(settings_class, arguments, arguments.pop("config", None))
     if trusted:
-        _trust(settings.model)  # type: ignore[attr-defined]
+        from lowrank_align.remote_code import trust
+
+        trust(settings.model)  # type: ignore[attr-defined]
     if command in METHODS:
         from lowrank_align.train import train
 
@@ -196,14 +198,6 @@ def _run(command: str, arguments: dict[str, Any]) -> int:
 
         return commands.run(command, settings)
     return EXIT_DONE
-
-
-def _trust(model: str | None) -> None:
-    if model is None:
-        raise UserError("--trust-remote-code: whose code? give --model too")
-    from lowrank_align.remote_code import trust
-
-    trust(Path(model).expanduser())
 
 
 def _runs(folder: str, compare: list[str] | None, delete: str | None, yes: bool) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowrank_align.checkpoint import sealed_steps
 from lowrank_align.errors import UserError
+from lowrank_align.out_folders import refuse_protected
 from lowrank_align.provenance import read_provenance
 from lowrank_align.runs import (
     CONFIG,
@@ -23,7 +24,6 @@ from lowrank_align.runs import (
     looks_like_run,
     read_metrics,
     read_state,
-    refuse_protected,
     refuse_running,
 )
 

@@ -41,6 +41,7 @@ from lowrank_align.row_order import RowOrder
 from lowrank_align.runs import METRICS, RunFolder, read_metrics
 from lowrank_align.skips import IN_A_ROW, IN_A_ROW_OF_FP16, Skips
 from lowrank_align.stopping import StopSignals
+from lowrank_align.training_state import State, flatten, unflatten
 from lowrank_align.trees import TreeRow, longest_rows
 
 log = logging.getLogger(__name__)
@@ -369,9 +370,9 @@ class Loop:
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
-        state = checkpoint.State({key: p.detach() for key, p in self._parameters().items()}, values)
+        state = State({key: p.detach() for key, p in self._parameters().items()}, values)
         state.tensors |= {f"best/{key}": tensor for key, tensor in self.best.weights.items()}
-        state.update(checkpoint.flatten("optimizer", self.optimizer.state_dict()))
+        state.update(flatten("optimizer", self.optimizer.state_dict()))
         checkpoint.save(self.run_folder.checkpoints, step, state, self.settings.keep_checkpoints)
 
     def _as_saved(self, error: UserError, step: int) -> UserError:
@@ -384,7 +385,7 @@ class Loop:
             f"{error}; step {step} of {self.total_steps} is saved, the same command with --resume goes on"
         )
 
-    def _newest(self) -> tuple[Path, checkpoint.State] | None:
+    def _newest(self) -> tuple[Path, State] | None:
         saved = self.run_folder.checkpoints
         found = checkpoint.latest(saved) if self.settings.resume else None
         if found is None and self.settings.resume and checkpoint.any_there(saved):
@@ -400,7 +401,7 @@ class Loop:
         path, state = found
         for key, parameter in self._parameters().items():
             parameter.data.copy_(state.tensors[key])
-        self.optimizer.load_state_dict(checkpoint.unflatten("optimizer", state))
+        self.optimizer.load_state_dict(unflatten("optimizer", state))
         values = state.values
         self.scheduler.load_state_dict(values["scheduler"])
         if self.accelerator.scaler and values["scaler"]:

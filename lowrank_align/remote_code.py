@@ -18,11 +18,14 @@ log = logging.getLogger(__name__)
 _trusted: set[Path] = set()
 
 
-def trust(folder: Path) -> None:
-    """Let the code in this folder run in this process, and say so.
+def trust(model: str | Path | None) -> None:
+    """Let the code in a model's folder run in this process, and say so.
 
     UserError where there is none, or where the folder's settings name the code of another repository.
     """
+    if model is None:
+        raise UserError("--trust-remote-code: whose code? give --model too")
+    folder = Path(model).expanduser()
     flag = f"--trust-remote-code: {folder}"
     if not any(folder.glob("*.py")):
         raise UserError(

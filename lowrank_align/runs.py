@@ -22,6 +22,7 @@ from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.json_files import read_json
 from lowrank_align.links import no_link, refuse_links
 from lowrank_align.locks import FileLock, is_held, owner
+from lowrank_align.out_folders import check_place, refuse_protected
 
 log = logging.getLogger(__name__)
 
@@ -235,32 +236,9 @@ def _remove_left_overs(path: Path) -> None:
                     entry.unlink()
 
 
-def check_place(path: Path) -> Path:
-    """The nearest folder above `path` (or itself) that is there, in which it can be made; an error where it cannot."""
-    found = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-    if found != path.absolute() and not found.is_dir():
-        raise UserError(f"{path}: {found} is a file, so nothing can be made in it; choose another --out")
-    if not os.access(found, os.W_OK):
-        raise EnvironmentProblem(f"{path}: no permission to write in {found}; choose another --out")
-    return found
-
-
 def refuse_running(path: Path) -> None:
     """UserError with the pid where a process works in `path`, or in a run that it holds."""
     _refuse_running_inside(path, own_lock=False)
-
-
-def refuse_protected(path: Path) -> None:
-    real, here, home = path.resolve(), Path.cwd().resolve(), Path.home().resolve()
-    what = {
-        "the home folder or one above it": real == home or real in home.parents,
-        "the root of the disk": real == Path(real.anchor),
-        "the current folder or one above it": real == here or real in here.parents,
-        "a git checkout": (real / ".git").exists(),
-    }
-    for name, holds in what.items():
-        if holds:
-            raise UserError(f"{path}: is {name}, which is never removed; choose another folder")
 
 
 def _refuse_running_inside(path: Path, own_lock: bool = True) -> None:

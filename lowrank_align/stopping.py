@@ -1,14 +1,18 @@
 """SIGINT, SIGTERM and SIGHUP as a wish to stop at the next step boundary, with everything saved."""
 
+import contextlib
 import logging
+import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 log = logging.getLogger(__name__)
+
+HANGUP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 class StopSignals:
@@ -29,13 +33,15 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == HANGUP:
+            _without_terminal()
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
         log.warning("%s: saving at the end of this step (again: stop at once)", signal.Signals(number).name)
 
 
-@contextmanager
+@contextlib.contextmanager
 def ends_interrupt() -> Iterator[None]:
     """What ends a program as Ctrl-C where no `StopSignals` hold: while a run is made ready, with nothing to save."""
     if threading.current_thread() is not threading.main_thread():
@@ -43,6 +49,8 @@ def ends_interrupt() -> Iterator[None]:
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        if number == HANGUP:
+            _without_terminal()
         raise KeyboardInterrupt
 
     before = {number: signal.signal(number, interrupt) for number in _ends()}
@@ -55,5 +63,16 @@ def ends_interrupt() -> Iterator[None]:
 
 def _ends() -> list[int]:
     """SIGTERM, and where the system has it SIGHUP, a closed terminal, unless `nohup` said to go on without one."""
-    hangups = [getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name)]
-    return [signal.SIGTERM, *(one for one in hangups if signal.getsignal(one) != signal.SIG_IGN)]
+    if HANGUP is None or signal.getsignal(HANGUP) == signal.SIG_IGN:
+        return [signal.SIGTERM]
+    return [signal.SIGTERM, HANGUP]
+
+
+def _without_terminal() -> None:
+    """What is printed to a terminal that is closed would be an error, and end the run before it is saved."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        with contextlib.suppress(OSError):  # closed by the user
+            if stat.S_ISCHR(os.fstat(output).st_mode):
+                os.dup2(nowhere, output)
+    os.close(nowhere)

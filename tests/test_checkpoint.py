@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from lowrank_align import checkpoint
-from lowrank_align.checkpoint import State, flatten, latest, save, sealed_steps, unflatten
+from lowrank_align.checkpoint import latest, save, sealed_steps
 from lowrank_align.durable import write_atomic
 from lowrank_align.errors import EnvironmentProblem, NumericError
+from lowrank_align.training_state import State, flatten, unflatten
 
 
 def state_of(number: float) -> State:

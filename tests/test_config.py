@@ -65,7 +65,7 @@ def test_what_is_written_down_is_read_back(tmp_path: Path) -> None:
     given = {"reward": "m:f"}  # code is named on the command line, as the file's first line says
     assert file.read_text(encoding="utf-8").startswith("# lowrank-align ppo --config THIS_FILE --reward m:f\n")
     assert resolve(PPOSettings, given, file) == settings.model_copy(update={"overwrite": False})
-    with pytest.raises(UserError, match=r"config.yaml: method: is for ppo, not for sft; begin a file of its own"):
+    with pytest.raises(UserError, match=r"config.yaml: method: is for ppo, not for sft; take that command"):
         resolve(SFTSettings, {}, file)
 
 

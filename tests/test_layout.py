@@ -22,12 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up: a module imports from its own layer and from those above it in this list. A package's name covers
 # its submodules. The package root stands outside: it is the façade, which all may ask for `__version__`.
 LAYERS: dict[str, list[str]] = {
-    "errors": ["errors", "terminal", "json_files", "durable", "links"],
+    "errors": ["errors", "terminal", "json_files", "durable", "links", "out_folders"],
     "settings": ["locks", "servers", "config", "architecture", "hub", "presets", "plan", "ratings", "alarms", "store"],
     "tensors": ["tensors", "trees", "objectives"],
     "a run": [
         "workers",
         "memory",
+        "training_state",
         "checkpoint",
         "doctor",
         "provenance",

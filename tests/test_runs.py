@@ -26,6 +26,7 @@ from lowrank_align.listing import (
     print_comparison,
     print_runs,
 )
+from lowrank_align.out_folders import refuse_protected
 from lowrank_align.provenance import write_provenance
 from lowrank_align.runs import is_running, open_run, read_metrics
 
@@ -186,7 +187,7 @@ def test_overwrite_and_delete_never_remove_a_home_a_checkout_or_where_we_are(
             delete_run(tmp_path / name)
         assert (tmp_path / name / "run.json").exists()
     with pytest.raises(UserError, match="root of the disk|home|current"):
-        runs.refuse_protected(Path(tmp_path.anchor))
+        refuse_protected(Path(tmp_path.anchor))
 
 
 def test_an_interrupted_overwrite_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

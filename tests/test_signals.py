@@ -108,3 +108,34 @@ def test_a_second_signal_stops_at_once(
     assert [signal.getsignal(getattr(signal, name)) for name in SIGNALS] == before
     assert json.loads((tmp_path / "run/run.json").read_text())["state"] == "stopped"
     assert sealed_steps(tmp_path / "run/checkpoints") == []
+
+
+def test_a_terminal_that_is_closed(trained: Path, tiny_llama: Path, cache: Path, tmp_path: Path) -> None:
+    """The run learns of it by SIGHUP, and what it prints from then on would be an error: it is saved all the same."""
+    import fcntl
+    import termios
+
+    ours, theirs = os.openpty()
+
+    def in_a_terminal_of_its_own() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup make test` would hand its own down
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    argv = [sys.executable, "-m", "lowrank_align", *arguments(trained, tiny_llama, 1_000_000), "--out", "run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "LOWRANK_ALIGN_CACHE": str(cache)}
+    child = subprocess.Popen(
+        argv, cwd=tmp_path, env=environment, stdin=theirs, stdout=theirs, stderr=theirs,
+        preexec_fn=in_a_terminal_of_its_own,
+    )  # fmt: skip
+    try:
+        os.close(theirs)
+        said = b""
+        while b"loss" not in said:
+            said += os.read(ours, 4096)
+        os.close(ours)
+        assert child.wait(60) == 75
+    finally:
+        child.kill()
+        child.wait()
+    assert sealed_steps(tmp_path / "run" / "checkpoints")

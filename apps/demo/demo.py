@@ -21,10 +21,11 @@ from lowrank_align.errors import UserError
 from lowrank_align.evaluate.policy import Answers, answer, kl_to, pair_accuracy, reward_scores
 from lowrank_align.evaluate.win_rate import win_rate
 from lowrank_align.memory import peak_bytes, reset_peak
+from lowrank_align.out_folders import refuse_protected
 from lowrank_align.presets import read_preset
 from lowrank_align.progress import Progress
 from lowrank_align.rewards import RewardFunction, load_function
-from lowrank_align.runs import empty, refuse_protected
+from lowrank_align.runs import empty
 from lowrank_align.tiny import demonstrations, prompts, simulated_pairs, tiny_path
 from lowrank_align.train import train
 

@@ -17,7 +17,7 @@ from lowrank_align.durable import write_atomic
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.links import refuse_links
 from lowrank_align.locks import FileLock
-from lowrank_align.runs import check_place
+from lowrank_align.out_folders import check_place
 
 MARKER = ".frontier"
 REPORT_JSON, REPORT_MD = "report.json", "report.md"

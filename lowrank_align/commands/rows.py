@@ -31,12 +31,12 @@ from lowrank_align.devices import check_device
 from lowrank_align.durable import write_atomic
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.loading import model_folder, read_config, read_tokenizer
+from lowrank_align.out_folders import check_place
 from lowrank_align.preset_check import from_preset, preset_lines
 from lowrank_align.provenance import weights_hash
 from lowrank_align.rewards import Rewards, is_function, load_function, seen_answer
 from lowrank_align.roles import BARE
 from lowrank_align.rollout import Rollout, generator_for, sample
-from lowrank_align.runs import check_place
 from lowrank_align.terminal import make_console, say
 from lowrank_align.trees import TreeBatch, TreeRow
 

@@ -31,7 +31,7 @@ def resolve(settings: type[S], flags: Mapping[str, Any], config_file: str | Path
     given = read_yaml(config_file) if config_file is not None else {}
     method = given.pop("method", None) if "method" not in settings.model_fields else None  # a run's config.yaml has it
     if method is not None and issubclass(settings, TrainSettings) and method != settings.method:
-        raise UserError(f"{config_file}: method: is for {method}, not for {settings.method}; begin a file of its own")
+        raise UserError(f"{config_file}: method: is for {method}, not for {settings.method}; take that command")
     where = dict.fromkeys(given, f"{config_file}: ")
     known = settings.model_fields
     for key in flags:

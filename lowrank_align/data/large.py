@@ -16,7 +16,7 @@ from typing import BinaryIO, overload
 from lowrank_align.data.bad_rows import BadRows
 from lowrank_align.data.chat import Rendered
 from lowrank_align.data.formats import Row
-from lowrank_align.data.sources import RawRow, row_of_line
+from lowrank_align.data.raw_rows import RawRow, row_of_line
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.trees import TreeRow
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from lowrank_align.data.bad_rows import BadRows
 from lowrank_align.data.formats import Row, Shape, parse_row
 from lowrank_align.data.large import LargeFile, check_file, is_large
-from lowrank_align.data.sources import RawRow, open_source
+from lowrank_align.data.raw_rows import RawRow
+from lowrank_align.data.sources import open_source
 from lowrank_align.errors import UserError
 
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from lowrank_align.data.bad_rows import BadRows
 from lowrank_align.data.convert import to_columns
 from lowrank_align.data.formats import Row, Shape, Text, parse_row
-from lowrank_align.data.sources import RawRow, open_source
+from lowrank_align.data.raw_rows import RawRow
+from lowrank_align.data.sources import open_source
 from lowrank_align.errors import UserError
 from lowrank_align.store import Completion, Entry, Judgement, QueuedPrompt, Record, Store, now
 from lowrank_align.store.encoding import clean, content_id, record_fields

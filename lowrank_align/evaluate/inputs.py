@@ -18,11 +18,11 @@ from lowrank_align.evaluate.harness import check_installed
 from lowrank_align.evaluate.people import standing
 from lowrank_align.evaluate.report import FILES
 from lowrank_align.loading import model_folder, read_config, read_tokenizer
+from lowrank_align.out_folders import check_place
 from lowrank_align.preset_check import from_preset, preset_lines
 from lowrank_align.provenance import read_provenance, weights_hash
 from lowrank_align.rewards import RewardFunction, load_function, seen_prompt
 from lowrank_align.roles import BARE
-from lowrank_align.runs import check_place
 from lowrank_align.store import Entry
 from lowrank_align.terminal import say
 

@@ -15,8 +15,9 @@ from typing import Any, Self
 from lowrank_align.durable import write_atomic
 from lowrank_align.errors import EnvironmentProblem, UserError
 from lowrank_align.links import refuse_links
+from lowrank_align.out_folders import check_place, refuse_protected
 from lowrank_align.provenance import file_sha256, versions
-from lowrank_align.runs import FolderLock, check_place, refuse_protected
+from lowrank_align.runs import FolderLock
 
 MARKER = "export.json"
 MARGIN_BYTES = 64 * 2**20

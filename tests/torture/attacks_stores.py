@@ -3,6 +3,7 @@
 import json
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from tests.torture.attacks import BAD, DEEP, PAIR, World, attack
@@ -53,30 +54,25 @@ for _name, _statements in STORES.items():
     _database(_name, _statements)
 
 
+def _with_records(w: World, body: object) -> Sequence[object]:
+    """An export of a store whose records were given another body behind its back."""
+    path = _store(w)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        trigger = connection.execute("SELECT sql FROM sqlite_schema WHERE name = 'records_no_update'").fetchone()
+        connection.execute("DROP TRIGGER records_no_update")
+        connection.execute("UPDATE records SET body = ?", (body,))
+        connection.execute(trigger[0])
+    return ["data", "export", "pairs", "--store", path, "--out", "new.jsonl"]
+
+
 @attack("store: records 100,000 deep", 2, "damaged")
 def _(w: World) -> Sequence[object]:
-    path = _store(w)
-    connection = sqlite3.connect(path)
-    triggers = connection.execute("SELECT sql FROM sqlite_schema WHERE name = 'records_no_update'").fetchone()
-    connection.execute("DROP TRIGGER records_no_update")
-    connection.execute("UPDATE records SET body = ?", (DEEP,))
-    connection.execute(triggers[0])
-    connection.commit()
-    connection.close()
-    return ["data", "export", "pairs", "--store", path, "--out", "new.jsonl"]
+    return _with_records(w, DEEP)
 
 
 @attack("store: records of another form", 2, "damaged")
 def _(w: World) -> Sequence[object]:
-    path = _store(w)
-    connection = sqlite3.connect(path)
-    triggers = connection.execute("SELECT sql FROM sqlite_schema WHERE name = 'records_no_update'").fetchone()
-    connection.execute("DROP TRIGGER records_no_update")
-    connection.execute("UPDATE records SET body = '[1, {}]'")
-    connection.execute(triggers[0])
-    connection.commit()
-    connection.close()
-    return ["data", "export", "pairs", "--store", path, "--out", "new.jsonl"]
+    return _with_records(w, "[1, {}]")
 
 
 @attack("store: annotators of control characters", 0, "")

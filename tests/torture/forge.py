@@ -316,7 +316,7 @@ def state_of(step: int) -> Any:
     """A state whose every part tells its step."""
     import torch
 
-    from lowrank_align.checkpoint import State
+    from lowrank_align.training_state import State
 
     return State({"weight": torch.full((64, 8), float(step)), "bias": torch.full((3,), step)}, {"step": step})
 
